@@ -1,0 +1,63 @@
+# `make serve` and `make test` set everything up by themselves, in .venv inside the checkout.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+MODEL ?= sparse-llama
+# More flags of `vllm serve`, for example: make serve ARGS="--port 8001"
+ARGS ?=
+
+.PHONY: help setup native serve test check wheel bench goldens lock clean
+
+help:
+	@echo "make serve    set up, then serve $(MODEL) on :8000"
+	@echo "make test     set up, then run the tests"
+	@echo "make check    lint, types, Dockerfile lint"
+	@echo "make native   rebuild the C++ kernels after a change"
+	@echo "make wheel    build the wheel and use it from another folder"
+	@echo "make bench    kernel benchmark, then the server's decode speed, sparse against dense"
+	@echo "make goldens  rewrite tests/goldens (review the diff)"
+	@echo "make lock     renew requirements/cpu.txt from requirements/cpu.in"
+
+# Without dependency resolution: the lock leaves out what would break a CPU torch (requirements/cpu.in).
+$(VENV)/.locked: requirements/cpu.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11) and "requirements/cpu.txt is locked for Python 3.11, found %d.%d: run make PYTHON=python3.11" % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --no-deps -r requirements/cpu.txt
+	@touch $@
+
+$(VENV)/.native: $(VENV)/.locked pyproject.toml kernels/CMakeLists.txt $(wildcard kernels/csrc/*)
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+setup native: $(VENV)/.native
+
+serve: setup
+	$(BIN)/maskpro-serve --model $(MODEL) $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/hadolint Dockerfile
+
+wheel: setup
+	scripts/check_wheel.sh $(BIN)/python
+
+bench: setup
+	$(BIN)/python kernels/bench/nm_linear.py --json docs/results/nm_linear.json
+	$(BIN)/python scripts/decode_speed.py --json docs/results/decode_speed.json
+
+goldens: setup
+	$(BIN)/python -m pytest -m golden --refresh-goldens
+
+lock:
+	$(PYTHON) -m venv build/lock && build/lock/bin/pip install --quiet uv==0.13.9
+	build/lock/bin/uv pip compile requirements/cpu.in --override requirements/overrides.txt --python-version 3.11 \
+	  --index-strategy unsafe-best-match $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS)) \
+	  --no-header --no-annotate --quiet --output-file requirements/cpu.txt
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,64 @@
+// C ABI of the native kernels. Plain C types only: no torch and no Python at build time, so one
+// shared library serves every CPython and every torch. FORMAT.md describes values and bitmask.
+#ifndef MASKPRO_KERNELS_H_
+#define MASKPRO_KERNELS_H_
+
+#include <stdint.h>
+
+#if defined(__GNUC__)
+#define MASKPRO_API __attribute__((visibility("default")))
+#else
+#define MASKPRO_API
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// Raised with every incompatible change of this header; the Python loader checks it.
+#define MASKPRO_ABI_VERSION 1
+
+enum maskpro_dtype { MASKPRO_F32 = 0, MASKPRO_BF16 = 1, MASKPRO_F16 = 2 };
+
+// Numbered by preference: maskpro_best_isa() is the highest one this machine runs.
+enum maskpro_isa { MASKPRO_PORTABLE = 0, MASKPRO_AVX2 = 1, MASKPRO_AVX512 = 2 };
+
+enum maskpro_status {
+  MASKPRO_OK = 0,
+  MASKPRO_BAD_ARGUMENT = 1,  // an impossible size, pattern, dtype or thread count
+  MASKPRO_NO_ISA = 2,        // this machine or this build lacks the instruction set asked for
+  MASKPRO_NO_MEMORY = 3,
+};
+
+MASKPRO_API int32_t maskpro_abi_version(void);
+
+// 1 if the instruction set was compiled in and this machine runs it, else 0.
+MASKPRO_API int32_t maskpro_isa_available(int32_t isa);
+
+MASKPRO_API int32_t maskpro_best_isa(void);
+
+// y = x @ W^T + bias for an (n:m)-sparse W, n of every m consecutive inputs kept.
+//
+//   y       [tokens, out_features]  row-major, act_dtype; every element is written
+//   x       [tokens, in_features]   row-major, act_dtype
+//   values  [out_features, in_features / m * n]  row-major, weight_dtype
+//   bitmask [out_features, ceil(in_features / 8)], bit k of byte j is column 8j + k; spare bits 0
+//   bias    [out_features] bias_dtype, or NULL
+//
+// Sums are float32, rounded once to act_dtype. m is 4, 8, 16 or 32 and divides in_features. The
+// bitmask must keep exactly n per group (checked when a weight is loaded, not here). Pointers need
+// no alignment beyond their element's. Reentrant: any number of threads may call at once.
+//
+// Reads out * in * (n/m * sizeof(weight) + 1/8) bytes of weight, once for up to a few tokens.
+// Returns a maskpro_status; on anything but MASKPRO_OK, y is untouched.
+MASKPRO_API int32_t maskpro_nm_linear(void* y, const void* x, const void* values,
+                                      const uint8_t* bitmask, const void* bias, int64_t tokens,
+                                      int64_t in_features, int64_t out_features, int32_t n,
+                                      int32_t m, int32_t act_dtype, int32_t weight_dtype,
+                                      int32_t bias_dtype, int32_t isa, int32_t threads);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif  // MASKPRO_KERNELS_H_

@@ -1,0 +1,123 @@
+// Four float32 lanes in plain C++ (GNU vector types: SSE2, NEON or scalars, as the compiler targets).
+#ifndef MASKPRO_VECTOR_PORTABLE_H_
+#define MASKPRO_VECTOR_PORTABLE_H_
+
+#include <stdint.h>
+#include <string.h>
+
+#include "element_types.h"
+
+namespace maskpro {
+
+struct Portable {
+  typedef float Vec __attribute__((vector_size(16)));
+  static constexpr int kLanes = 4;
+  static constexpr int kTileTokens = 2;    // 2 tokens x 4 rows = 8 of 16 registers hold sums
+  static constexpr int kDirectTokens = 2;  // measured: beyond this a panel is faster
+
+  // Whether every nibble of bitmask keeps the same number of weights.
+  static bool regular(int32_t, int32_t m) { return m == kLanes; }
+
+  // How many values expand() may read beyond those it keeps.
+  template <bool kRegular>
+  static constexpr int kWindow = 0;
+
+  static uint32_t bits(const uint8_t* row, int64_t vector) {
+    return row[vector >> 1] >> (4 * (vector & 1)) & 15u;
+  }
+  static uint32_t last_bits(const uint8_t* row, int64_t vector, int64_t) { return bits(row, vector); }
+
+  static Vec zero() { return Vec{}; }
+  static Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+  static Vec add(Vec a, Vec b) { return a + b; }
+
+  template <class Element>
+  static Vec load(const Element* p) {
+    return Vec{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
+  }
+  static Vec load(const float* p) {
+    Vec v;
+    memcpy(&v, p, sizeof v);
+    return v;
+  }
+  template <class Element>
+  static void store(Element* p, Vec v) {
+    for (int i = 0; i < kLanes; ++i) from_float(v[i], p + i);
+  }
+
+  template <bool kRegular, class Weight>
+  static Vec expand(const Weight* p, uint32_t bits) {
+    return expand_exact(p, bits);
+  }
+  // Chooses an address instead of branching: the bits are as good as random to a branch predictor.
+  template <class Weight>
+  static Vec expand_exact(const Weight* p, uint32_t bits) {
+    const Weight none{};
+    const Weight* at1 = p + (bits & 1);
+    const Weight* at2 = at1 + (bits >> 1 & 1);
+    const Weight* at3 = at2 + (bits >> 2 & 1);
+    return Vec{to_float(*(bits & 1 ? p : &none)), to_float(*(bits & 2 ? at1 : &none)),
+               to_float(*(bits & 4 ? at2 : &none)), to_float(*(bits & 8 ? at3 : &none))};
+  }
+
+  static int count(uint32_t bits) {
+    bits -= bits >> 1 & 5;
+    return static_cast<int>((bits & 3) + (bits >> 2));
+  }
+
+  // sums[i] += the sum of v[i]'s lanes.
+  static void accumulate(float* sums, const Vec (&v)[4]) {
+    for (int i = 0; i < 4; ++i) sums[i] += (v[i][0] + v[i][1]) + (v[i][2] + v[i][3]);
+  }
+
+ private:
+  static float from_bits(uint32_t bits) {
+    float f;
+    memcpy(&f, &bits, sizeof f);
+    return f;
+  }
+  static uint32_t to_bits(float f) {
+    uint32_t bits;
+    memcpy(&bits, &f, sizeof bits);
+    return bits;
+  }
+
+  static float to_float(float f) { return f; }
+  static float to_float(BF16 h) { return from_bits(static_cast<uint32_t>(h.bits) << 16); }
+  static float to_float(F16 h) {
+    const uint32_t magnitude = h.bits & 0x7fffu;
+    const uint32_t sign = (h.bits & 0x8000u) << 16;
+    // A subnormal counts units of 2^-24, which are the last place of a float32 in [0.5, 1).
+    const uint32_t subnormal = to_bits(from_bits(0x3f000000u + magnitude) - 0.5f);
+    const uint32_t normal = (magnitude << 13) + (112u << 23);
+    const uint32_t special = (magnitude << 13) | 0x7f800000u;
+    return from_bits(sign | (magnitude < 0x400u ? subnormal : magnitude < 0x7c00u ? normal : special));
+  }
+
+  // Both round to nearest even, and keep a NaN a (quiet) NaN.
+  static void from_float(float f, float* p) { *p = f; }
+  static void from_float(float f, BF16* p) {
+    const uint32_t bits = to_bits(f);
+    const uint32_t rounded = bits + 0x7fffu + (bits >> 16 & 1);
+    p->bits = static_cast<uint16_t>((f != f ? bits | 0x400000u : rounded) >> 16);
+  }
+  static void from_float(float f, F16* p) {
+    const uint32_t sign = to_bits(f) >> 16 & 0x8000u;
+    const uint32_t magnitude = to_bits(f) & 0x7fffffffu;
+    uint32_t half;
+    if (magnitude > 0x7f800000u) {
+      half = 0x7e00u;
+    } else if (magnitude >= 0x477ff000u) {  // 65520, halfway between the largest and the next
+      half = 0x7c00u;
+    } else if (magnitude < 0x38800000u) {  // below 2^-14: let the addition round to units of 2^-24
+      half = to_bits(from_bits(magnitude) + 0.5f) - 0x3f000000u;
+    } else {
+      half = (magnitude + 0xfffu + (magnitude >> 13 & 1) - (112u << 23)) >> 13;
+    }
+    p->bits = static_cast<uint16_t>(sign | half);
+  }
+};
+
+}  // namespace maskpro
+
+#endif  // MASKPRO_VECTOR_PORTABLE_H_

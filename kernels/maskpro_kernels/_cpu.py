@@ -1,0 +1,134 @@
+"""Loads the native library and calls it: the only module that knows the C ABI of csrc/maskpro_kernels.h."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.metadata
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from maskpro_kernels.errors import NativeLibraryError
+
+ABI_VERSION = 1
+LIBRARY_NAME = "libmaskpro_kernels.so"
+
+ISA_CODES = {"portable": 0, "avx2": 1, "avx512": 2}
+_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_STATUS = {1: "bad argument", 2: "instruction set not available", 3: "out of memory"}
+
+
+def _candidates() -> Iterator[Path]:
+    """Where the library may lie: beside this file, on the package's path, in the installed distribution.
+
+    An editable install puts the library in site-packages while the Python files stay in the checkout,
+    and a wheel run from inside ``kernels/`` is shadowed by the sources.
+    """
+    package = sys.modules[__package__]
+    for folder in dict.fromkeys([str(Path(__file__).parent), *package.__path__]):
+        yield Path(folder) / LIBRARY_NAME
+    try:
+        distribution = importlib.metadata.distribution("maskpro-serve")
+    except importlib.metadata.PackageNotFoundError:
+        return
+    yield Path(str(distribution.locate_file(f"{__package__}/{LIBRARY_NAME}")))
+
+
+def _share_openmp() -> None:
+    """Puts torch's OpenMP runtime where the library's symbols resolve to it.
+
+    The library is linked against no OpenMP runtime: a second one in the process would mean a second
+    pool of spinning threads. A preloaded libiomp5 or libgomp is already global and wins.
+    """
+    if hasattr(ctypes.CDLL(None), "GOMP_parallel"):
+        return
+    bundled = sorted(Path(torch.__file__).parent.glob("lib/libgomp*.so*"))
+    bundled += sorted(Path(torch.__file__).parent.parent.glob("torch.libs/libgomp*.so*"))
+    ctypes.CDLL(str(bundled[0]) if bundled else "libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The loaded native library.
+
+    Raises:
+        NativeLibraryError: it is not installed, or was built from other sources.
+    """
+    path = next((p for p in _candidates() if p.is_file()), None)
+    if path is None:
+        looked = ", ".join(str(p.parent) for p in _candidates())
+        raise NativeLibraryError(
+            f"{LIBRARY_NAME} is not in {looked}: in a checkout run `make native`, elsewhere reinstall maskpro-serve"
+        )
+    try:
+        _share_openmp()
+        lib = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise NativeLibraryError(f"{path} cannot be loaded: {error}") from error
+    lib.maskpro_abi_version.restype = ctypes.c_int32
+    found = lib.maskpro_abi_version()
+    if found != ABI_VERSION:
+        raise NativeLibraryError(f"{path}: expected ABI {ABI_VERSION}, found {found}; run `make native`")
+    i32, i64, pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
+    lib.maskpro_isa_available.argtypes = [i32]
+    lib.maskpro_isa_available.restype = i32
+    lib.maskpro_nm_linear.argtypes = [pointer] * 5 + [i64] * 3 + [i32] * 7
+    lib.maskpro_nm_linear.restype = i32
+    return lib
+
+
+@functools.cache
+def available_isas() -> tuple[str, ...]:
+    """Instruction sets this build and this machine both have, best first."""
+    lib = library()
+    return tuple(isa for isa, code in reversed(ISA_CODES.items()) if lib.maskpro_isa_available(code))
+
+
+def nm_linear(
+    x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, n: int, m: int, isa: str, threads: int
+) -> Tensor:
+    """Calls the native kernel; arguments were checked by :mod:`maskpro_kernels.ops`.
+
+    Args:
+        x: (tokens, in_features), contiguous.
+        values: (out_features, in_features * n / m), contiguous.
+        bitmask: uint8 (out_features, ceil(in_features / 8)), contiguous.
+        bias: (out_features,) contiguous, or None.
+        n: kept weights per group.
+        m: group size.
+        isa: one of :func:`available_isas`.
+        threads: OpenMP threads to use, at least 1.
+
+    Returns:
+        (tokens, out_features), dtype of x.
+    """
+    tokens, in_features = x.shape
+    out_features = values.shape[0]
+    y = torch.empty((tokens, out_features), dtype=x.dtype)
+    status = library().maskpro_nm_linear(
+        y.data_ptr(),
+        x.data_ptr(),
+        values.data_ptr(),
+        bitmask.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        tokens,
+        in_features,
+        out_features,
+        n,
+        m,
+        _DTYPE_CODES[x.dtype],
+        _DTYPE_CODES[values.dtype],
+        0 if bias is None else _DTYPE_CODES[bias.dtype],
+        ISA_CODES[isa],
+        threads,
+    )
+    if status:
+        raise RuntimeError(
+            f"native nm_linear failed: {_STATUS.get(status, status)} (x {tuple(x.shape)} {x.dtype}, weight "
+            f"{out_features} x {in_features} {values.dtype}, {n}:{m}, {isa}, {threads} threads)"
+        )
+    return y

@@ -1,0 +1,53 @@
+"""Boolean rows to bytes and back: bit k of byte j is column 8j + k, least significant bit first."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_BIT_WEIGHTS = tuple(1 << k for k in range(8))
+
+
+def bitmask_width(in_features: int) -> int:
+    """Bytes of one bitmask row."""
+    return (in_features + 7) // 8
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """Packs a boolean (rows, columns) mask into uint8 (rows, ceil(columns / 8)); spare bits are 0."""
+    rows, columns = mask.shape
+    spare = -columns % 8
+    if spare:
+        mask = torch.nn.functional.pad(mask, (0, spare))
+    bits = mask.reshape(rows, -1, 8)
+    packed = torch.zeros(bits.shape[:2], dtype=torch.uint8, device=mask.device)
+    for k, bit in enumerate(_BIT_WEIGHTS):  # eight passes over bytes: no temporary wider than the mask
+        packed |= bits[:, :, k].to(torch.uint8) * bit
+    return packed
+
+
+def unpack_bits(bitmask: Tensor, columns: int) -> Tensor:
+    """Inverse of :func:`pack_bits`: uint8 (rows, ceil(columns / 8)) to boolean (rows, columns)."""
+    weights = torch.tensor(_BIT_WEIGHTS, dtype=torch.uint8, device=bitmask.device)
+    bits = (bitmask.unsqueeze(-1) & weights) != 0
+    return bits.reshape(bitmask.shape[0], -1)[:, :columns]
+
+
+def count_bits(bitmask: Tensor, group: int) -> Tensor:
+    """Counts the set bits of every group of columns, bytes at a time.
+
+    Args:
+        bitmask: uint8 (rows, bytes).
+        group: columns per group: 4, 8, 16 or 32.
+
+    Returns:
+        uint8 (rows, 8 * bytes / group); a last group cut short by the row's end is left out.
+    """
+    pairs = bitmask - ((bitmask >> 1) & 0x55)
+    nibbles = (pairs & 0x33) + ((pairs >> 2) & 0x33)
+    if group == 4:
+        return torch.stack((nibbles & 0x0F, nibbles >> 4), dim=-1).flatten(1)
+    counts = (nibbles + (nibbles >> 4)) & 0x0F
+    per_group = group // 8
+    whole = counts.shape[1] // per_group * per_group
+    return counts[:, :whole].reshape(counts.shape[0], -1, per_group).sum(-1, dtype=torch.uint8)

@@ -1,0 +1,176 @@
+"""Packs dense weights into kept values and a bitmask, and back. FORMAT.md is the specification."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from maskpro_kernels.bits import bitmask_width, count_bits, pack_bits, unpack_bits
+from maskpro_kernels.pattern import NMPattern
+
+WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class NMWeight:
+    """A packed (N:M)-sparse weight, logically ``shape`` = (out_features, in_features).
+
+    Attributes:
+        values: (out_features, in_features * n / m), the kept weights in column order.
+        bitmask: uint8 (out_features, ceil(in_features / 8)); bit k of byte j is column 8j + k.
+        shape: (out_features, in_features) of the dense weight.
+        pattern: the (N:M) pattern every group obeys.
+
+    Raises:
+        ValueError: the parts disagree with each other. The *content* of the bitmask is checked by
+            :func:`check_bitmask`, which reads it all.
+    """
+
+    values: Tensor
+    bitmask: Tensor
+    shape: tuple[int, int]
+    pattern: NMPattern
+
+    def __post_init__(self) -> None:
+        out_features, in_features = self.shape
+        if self.values.dtype not in WEIGHT_DTYPES:
+            raise ValueError(f"values: expected one of {WEIGHT_DTYPES}, found {self.values.dtype}")
+        if self.bitmask.dtype != torch.uint8:
+            raise ValueError(f"bitmask: expected torch.uint8, found {self.bitmask.dtype}")
+        expected = (out_features, self.pattern.kept(in_features))
+        if tuple(self.values.shape) != expected:
+            raise ValueError(f"values: expected shape {expected}, found {tuple(self.values.shape)}")
+        expected = (out_features, bitmask_width(in_features))
+        if tuple(self.bitmask.shape) != expected:
+            raise ValueError(f"bitmask: expected shape {expected}, found {tuple(self.bitmask.shape)}")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the values and the bitmask."""
+        return self.values.nbytes + self.bitmask.nbytes
+
+    @property
+    def dense_nbytes(self) -> int:
+        """Bytes the dense weight would take in the same dtype."""
+        return self.shape[0] * self.shape[1] * self.values.element_size()
+
+
+def magnitude_mask(weight: Tensor, pattern: NMPattern) -> Tensor:
+    """Boolean mask of the n largest ``|w|`` of every group; ties go to the lower column.
+
+    Args:
+        weight: (out_features, in_features), any floating dtype.
+        pattern: the pattern to keep.
+
+    Returns:
+        Boolean (out_features, in_features), exactly n True per group.
+
+    Raises:
+        ValueError: m does not divide in_features, or a weight is NaN.
+    """
+    return top_n_mask(weight.abs(), pattern)
+
+
+def top_n_mask(scores: Tensor, pattern: NMPattern) -> Tensor:
+    """Boolean mask of the n largest scores of every group along the last dimension.
+
+    Args:
+        scores: (out_features, in_features); higher is kept. Ties go to the lower column.
+        pattern: the pattern to keep.
+
+    Raises:
+        ValueError: m does not divide in_features, or a score is NaN.
+    """
+    pattern.kept(scores.shape[-1])
+    if torch.isnan(scores).any():
+        raise ValueError("cannot rank weights: NaN among the scores")
+    groups = scores.reshape(-1, pattern.m)
+    order = torch.sort(groups, dim=-1, descending=True, stable=True).indices[:, : pattern.n]
+    mask = torch.zeros(groups.shape, dtype=torch.bool, device=scores.device)
+    return mask.scatter_(1, order, True).reshape(scores.shape)
+
+
+def check_mask(mask: Tensor, pattern: NMPattern) -> None:
+    """Checks that a boolean (out_features, in_features) mask keeps exactly n in every group.
+
+    Raises:
+        ValueError: names the first offending row and group with the count found, and how many offend.
+    """
+    pattern.kept(mask.shape[1])
+    counts = mask.reshape(mask.shape[0], -1, pattern.m).sum(-1)
+    wrong = counts != pattern.n
+    if wrong.any():
+        row, group = (int(i) for i in wrong.nonzero()[0])
+        raise ValueError(
+            f"mask is not strictly {pattern}: row {row}, group {group} (columns {group * pattern.m} to "
+            f"{(group + 1) * pattern.m - 1}) keeps {int(counts[row, group])} of {pattern.m}, expected "
+            f"{pattern.n}; {int(wrong.sum())} of {wrong.numel()} groups disagree"
+        )
+
+
+def check_bitmask(weight: NMWeight) -> None:
+    """Checks that every group of a packed weight's bitmask keeps exactly n, and spare bits are 0.
+
+    A kernel walks ``values`` by the bits it meets, so a wrong bitmask is a wrong answer (and, without
+    this check, a read past the row). Cost: a few passes over the bitmask, 1/8 byte per weight.
+
+    Raises:
+        ValueError: as :func:`check_mask`, or a spare bit is set.
+    """
+    columns = 8 * weight.bitmask.shape[1]
+    in_features, pattern = weight.shape[1], weight.pattern
+    counts = count_bits(weight.bitmask, pattern.m)
+    groups = in_features // pattern.m
+    if (counts[:, :groups] == pattern.n).all() and not counts[:, groups:].any():
+        return
+    bits = unpack_bits(weight.bitmask, columns)
+    check_mask(bits[:, :in_features], pattern)
+    raise ValueError(f"bitmask: a bit past column {in_features - 1} is set")
+
+
+def pack(dense: Tensor, pattern: NMPattern, mask: Tensor | None = None) -> NMWeight:
+    """Packs a dense weight into its kept values and a bitmask.
+
+    Args:
+        dense: (out_features, in_features), bfloat16, float16 or float32.
+        pattern: the (N:M) pattern.
+        mask: boolean, the shape of ``dense``, exactly n True per group. None keeps the n largest
+            ``|w|`` of each group, ties to the lower column.
+
+    Returns:
+        The packed weight on the device of ``dense``; kept values are copied bit for bit.
+
+    Raises:
+        ValueError: a wrong shape or dtype, m does not divide in_features, or the mask is not strict.
+    """
+    if dense.ndim != 2:
+        raise ValueError(f"weight: expected 2 dimensions, found shape {tuple(dense.shape)}")
+    if dense.dtype not in WEIGHT_DTYPES:
+        raise ValueError(f"weight: expected one of {WEIGHT_DTYPES}, found {dense.dtype}")
+    out_features, in_features = dense.shape
+    kept = pattern.kept(in_features)
+    if mask is None:
+        mask = magnitude_mask(dense, pattern)
+    else:
+        if mask.dtype != torch.bool or mask.shape != dense.shape:
+            raise ValueError(f"mask: expected torch.bool {tuple(dense.shape)}, found {mask.dtype} {tuple(mask.shape)}")
+        check_mask(mask, pattern)
+    values = dense[mask].reshape(out_features, kept)
+    return NMWeight(values, pack_bits(mask), (out_features, in_features), pattern)
+
+
+def unpack(weight: NMWeight) -> Tensor:
+    """Expands a packed weight: kept values bit for bit, +0.0 elsewhere.
+
+    Returns:
+        (out_features, in_features), dtype and device of ``weight.values``.
+
+    Raises:
+        ValueError: the bitmask does not keep exactly n in every group.
+    """
+    check_bitmask(weight)
+    mask = unpack_bits(weight.bitmask, weight.shape[1])
+    dense = torch.zeros(weight.shape, dtype=weight.values.dtype, device=weight.values.device)
+    return dense.masked_scatter_(mask, weight.values)

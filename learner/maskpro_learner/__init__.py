@@ -1,0 +1,26 @@
+"""Learns (N:M) masks for language models: calibration, one-shot masks, evaluation.
+
+>>> tokens = calibration_blocks([Path("c4.txt")], tokenizer, samples=128, length=512, seed=0)
+>>> result = initial_masks(model, NMPattern.parse("2:4"), "wanda", tokens=tokens)
+"""
+
+from maskpro_learner.calibration import calibration_blocks
+from maskpro_learner.errors import CalibrationError, LearnerError, ModelError
+from maskpro_learner.evaluate import Perplexity, chat_perplexity, text_perplexity
+from maskpro_learner.initial_masks import METHODS, InitialMasks, initial_masks
+from maskpro_learner.layers import apply_masks, select_layers
+
+__all__ = [
+    "METHODS",
+    "CalibrationError",
+    "InitialMasks",
+    "LearnerError",
+    "ModelError",
+    "Perplexity",
+    "apply_masks",
+    "calibration_blocks",
+    "chat_perplexity",
+    "initial_masks",
+    "select_layers",
+    "text_perplexity",
+]

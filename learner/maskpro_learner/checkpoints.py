@@ -1,0 +1,103 @@
+"""Opens Hugging Face model folders, with an error a user can act on, and says which weights they hold."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from maskpro_learner.errors import ModelError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_CHUNK = 1 << 22
+
+
+def check_model(name: str) -> None:
+    """Checks that ``name`` is a model folder, or at least looks like a hub id.
+
+    Raises:
+        ModelError: it is neither, or the folder has no config.json.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"{name}: expected a Hugging Face model folder, found no config.json in it")
+    elif folder.exists():
+        raise ModelError(f"{name}: expected a model folder, found a file")
+    elif not _HUB_ID.fullmatch(name):
+        raise ModelError(f"{name}: no such model folder")
+
+
+def load_model(name: str, dtype: torch.dtype, device: str = "cpu") -> PreTrainedModel:
+    """Loads a causal language model for inference.
+
+    Args:
+        name: a folder, or a hub id.
+        dtype: dtype of the weights and activations. On a CPU without bf16 instructions float32 is the fastest.
+        device: where to put it.
+
+    Raises:
+        ModelError: the folder is missing or cannot be read.
+    """
+    check_model(name)
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"{name}: not a readable causal language model: {_first_line(error)}") from error
+    model.train(False).requires_grad_(False)
+    moved: PreTrainedModel = model.to(device)  # type: ignore[arg-type]
+    return moved
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer of a model.
+
+    Raises:
+        ModelError: the folder is missing, or holds no tokenizer.
+    """
+    check_model(name)
+    folder = Path(name)
+    files = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+    if folder.is_dir() and not any((folder / file).is_file() for file in files):
+        raise ModelError(f"{name}: expected a tokenizer, found none of {', '.join(files)}")
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # a broken tokenizer.json raises a bare Exception
+        raise ModelError(f"{name}: not a readable tokenizer: {_first_line(error)}") from error
+    return tokenizer
+
+
+def weights_sha256(name: str) -> str | None:
+    """SHA-256 over the weight files of a model folder, one after the other in name order.
+
+    For a model in one file it is that file's own SHA-256. None for a hub id.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")):
+        update_from_file(digest, path)
+    return digest.hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of one file."""
+    digest = hashlib.sha256()
+    update_from_file(digest, path)
+    return digest.hexdigest()
+
+
+def update_from_file(digest: hashlib._Hash, path: Path) -> None:
+    """Feeds a file to a digest in pieces."""
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

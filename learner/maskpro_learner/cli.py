@@ -1,0 +1,165 @@
+"""``maskpro-learn``: makes the (N:M) mask of a model and writes a mask file."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from maskpro_kernels import NMPattern, read_masks, write_masks
+from maskpro_kernels.masks import ENCODINGS
+from maskpro_learner.calibration import calibration_blocks
+from maskpro_learner.checkpoints import check_model, file_sha256, load_model, load_tokenizer, weights_sha256
+from maskpro_learner.errors import CalibrationError, LearnerError, ModelError
+from maskpro_learner.initial_masks import CALIBRATED_METHODS, METHODS, InitialMasks, Method, initial_masks
+from maskpro_learner.layers import select_layers
+from maskpro_learner.progress import progress_bar, quiet_transformers
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; argparse exits with code 2 on a bad one."""
+    parser = argparse.ArgumentParser(prog="maskpro-learn", description=(__doc__ or "").partition(": ")[2])
+    parser.add_argument("--model", required=True, help="dense model: a Hugging Face folder or hub id")
+    parser.add_argument("--pattern", default="2:4", help="N:M, N of every M inputs are kept (default 2:4)")
+    parser.add_argument("--init", required=True, metavar="|".join([*METHODS, "MASKFILE"]), help="how to make the mask")
+    parser.add_argument("--output", required=True, type=Path, help="mask file to write, .safetensors")
+    data = parser.add_argument_group("calibration (wanda and sparsegpt)")
+    data.add_argument(
+        "--calibration", nargs="+", type=Path, default=[], metavar="FILE",
+        help=".txt, or .jsonl with text, prefix and gold_completion, or messages; several files share the samples",
+    )  # fmt: skip
+    data.add_argument("--samples", type=int, default=128, help="blocks of text (default 128)")
+    data.add_argument("--length", type=int, default=512, help="tokens of a block (default 512)")
+    data.add_argument("--batch", type=int, default=4, help="blocks run at once (default 4)")
+    parser.add_argument("--seed", type=int, default=0, help="of the calibration blocks and the random mask")
+    parser.add_argument("--include", nargs="+", default=["*"], metavar="GLOB", help="module names to prune (default *)")
+    parser.add_argument("--exclude", nargs="+", default=[], metavar="GLOB", help="module names to leave dense")
+    parser.add_argument("--encoding", choices=ENCODINGS, default="bitmask", help="states is smaller, for M = 4 only")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="compute dtype")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args(argv)
+
+
+def provenance(options: argparse.Namespace, method: str) -> dict[str, str]:
+    """What a mask file says about where it comes from; text to text."""
+    entries = {
+        "base_model": Path(options.model).name if Path(options.model).is_dir() else options.model,
+        "base_model_sha256": weights_sha256(options.model),
+        "method": method,
+        "steps": "0",
+        "seed": str(options.seed),
+    }
+    if method in CALIBRATED_METHODS:
+        files = (f"{path.name} sha256:{file_sha256(path)}" for path in options.calibration)
+        entries |= {"calibration": ", ".join(files), "samples": str(options.samples), "length": str(options.length)}
+    return {key: value for key, value in entries.items() if value is not None}
+
+
+def masks_from_file(
+    path: Path, model: PreTrainedModel, options: argparse.Namespace, pattern: NMPattern
+) -> InitialMasks:
+    """Reads a mask file for this model.
+
+    Raises:
+        MaskFileError: the file cannot be used.
+        LearnerError: it has another pattern, or masks for other layers than the selected ones.
+    """
+    file = read_masks(path)
+    if file.pattern != pattern:
+        raise LearnerError(f"{path}: expected masks of pattern {pattern}, found {file.pattern}")
+    layers = select_layers(model, pattern, include=options.include, exclude=options.exclude)
+    expected = {f"{name}.weight": tuple(linear.weight.shape) for name, linear in layers.linears.items()}
+    found = {name: tuple(mask.shape) for name, mask in file.masks.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise LearnerError(
+                f"{path}: {name}: expected a mask of shape {expected.get(name)}, found {found.get(name)}: "
+                f"is it the mask of another model?"
+            )
+    return InitialMasks({name: file.masks[name] for name in expected}, layers.dense)
+
+
+def summary(result: InitialMasks, rows: Sequence[tuple[str, str]]) -> Table:
+    """The table printed at the end."""
+    table = Table(show_header=False)
+    weights = sum(mask.numel() for mask in result.masks.values())
+    kept = sum(int(mask.sum()) for mask in result.masks.values())
+    table.add_row("pruned", f"{len(result.masks)} layers, {kept:,} of {weights:,} weights kept")
+    reasons: dict[str, int] = {}
+    for reason in result.dense.values():
+        reasons[reason] = reasons.get(reason, 0) + 1
+    for reason, count in reasons.items():
+        table.add_row("left dense", f"{count} layers: {reason}")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def learn(options: argparse.Namespace, console: Console) -> None:
+    """Runs the command.
+
+    Raises:
+        ValueError, OSError: an input that cannot be used; the message is one sentence.
+    """
+    pattern = NMPattern.parse(options.pattern)
+    mask_file = None if options.init in METHODS else Path(options.init)
+    if mask_file is not None and not mask_file.is_file():
+        raise LearnerError(f"--init {options.init}: expected one of {', '.join(METHODS)}, or a mask file that exists")
+    if not options.output.parent.is_dir():
+        raise LearnerError(f"{options.output}: its folder does not exist")
+    check_model(options.model)
+    if options.encoding == "states" and pattern.m != 4:
+        raise LearnerError(f"--encoding states is for groups of 4, found pattern {pattern}: use bitmask")
+    tokens: Tensor | None = None
+    if options.init in CALIBRATED_METHODS:
+        if not options.calibration:
+            raise CalibrationError(f"--init {options.init} needs calibration text: give --calibration FILE")
+        tokenizer = load_tokenizer(options.model)
+        tokens = calibration_blocks(
+            options.calibration, tokenizer, samples=options.samples, length=options.length, seed=options.seed
+        )
+    model = load_model(options.model, getattr(torch, options.dtype), options.device)
+    if tokens is not None and int(tokens.max()) >= model.get_input_embeddings().num_embeddings:  # type: ignore[operator]
+        raise ModelError(f"{options.model}: the tokenizer makes ids that the model's embedding does not have")
+    if mask_file is not None:
+        result = masks_from_file(mask_file, model, options, pattern)
+    else:
+        count = len(select_layers(model, pattern, include=options.include, exclude=options.exclude).linears)
+        with progress_bar(f"{options.init} {pattern}", count) as advance:
+            result = initial_masks(
+                model, pattern, cast(Method, options.init), tokens=tokens, seed=options.seed,
+                include=options.include, exclude=options.exclude, batch=options.batch, advance=advance,
+            )  # fmt: skip
+    write_masks(
+        options.output, result.masks, pattern,
+        provenance=provenance(options, mask_file.name if mask_file else options.init), encoding=options.encoding,
+    )  # fmt: skip
+    console.print(summary(result, [
+        ("pattern", str(pattern)),
+        ("method", options.init),
+        ("mask file", f"{options.output} ({options.output.stat().st_size / 1e6:.2f} MB, {options.encoding})"),
+    ]))  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0, or 2 for an input that cannot be used."""
+    options = parse_arguments(argv)
+    quiet_transformers()
+    try:
+        learn(options, Console())
+    except (ValueError, OSError) as error:
+        print(f"maskpro-learn: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

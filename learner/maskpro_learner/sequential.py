@@ -1,0 +1,156 @@
+"""Runs a model block by block over calibration tokens, so that every block meets inputs from pruned ones.
+
+Only one block's statistics are alive at a time. Nothing of the model is copied or replaced: the inputs of the
+first block are taken with a forward hook, and from there each block is called as the model calls it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from maskpro_learner.layers import Block
+
+
+class InputStatistics:
+    """Sums over the inputs x (tokens, in_features) of one linear layer.
+
+    Attributes:
+        square_sum: float64 (in_features,), sum of x^2: all that Wanda needs.
+        gram: float32 (in_features, in_features), sum of x^T x, or None where it is not asked for.
+        tokens: rows seen.
+    """
+
+    def __init__(self, linear: nn.Linear, *, with_gram: bool) -> None:
+        size, device = linear.in_features, linear.weight.device
+        self.square_sum = torch.zeros(size, dtype=torch.float64, device=device)
+        self.gram = torch.zeros((size, size), dtype=torch.float32, device=device) if with_gram else None
+        self.tokens = 0
+
+    def add(self, x: Tensor) -> None:
+        """Adds (..., in_features) inputs."""
+        rows = x.detach().reshape(-1, x.shape[-1]).float()
+        self.square_sum += rows.square().sum(0, dtype=torch.float64)
+        if self.gram is not None:
+            self.gram.addmm_(rows.T, rows)
+        self.tokens += len(rows)
+
+
+class _Collector:
+    """Hooks of one block's linears. Linears that get the very same tensor (q, k, v) share one statistic."""
+
+    def __init__(self, block: Block, *, with_gram: bool) -> None:
+        self.statistics: dict[str, InputStatistics] = {}
+        self._with_gram = with_gram
+        self._last: tuple[Tensor, InputStatistics] | None = None
+        self._handles = [linear.register_forward_pre_hook(self._hook(name)) for name, linear in block.linears.items()]
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            assert isinstance(module, nn.Linear)
+            x = inputs[0]
+            if self._last is not None and self._last[0] is x:
+                self.statistics.setdefault(name, self._last[1])
+                if self.statistics[name] is self._last[1]:
+                    return  # already counted
+            statistics = self.statistics.setdefault(name, InputStatistics(module, with_gram=self._with_gram))
+            statistics.add(x)
+            self._last = (x, statistics)
+
+        return hook
+
+    def close(self) -> None:
+        self._last = None
+        for handle in self._handles:
+            handle.remove()
+
+
+class _Stop(Exception):  # noqa: N818  (no an error: ends a forward pass whose rest is not needed)
+    pass
+
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""What a block is called with besides its hidden states."""
+
+
+class BlockRunner:
+    """Holds the hidden states between two blocks, batch by batch.
+
+    Args:
+        model: a Hugging Face causal language model.
+        blocks: its decoder blocks in forward order.
+        tokens: int64 (samples, length).
+        batch: the most samples run at once; the largest divisor of ``samples`` up to it is used, so that every
+            batch has the same shape and one set of masks and positions fits all.
+
+    Cost: hidden states of samples * length * hidden_size, in the model's dtype, stay in memory.
+    """
+
+    def __init__(self, model: PreTrainedModel, blocks: list[Block], tokens: Tensor, *, batch: int = 4) -> None:
+        size = max(divisor for divisor in range(1, min(batch, len(tokens)) + 1) if len(tokens) % divisor == 0)
+        batches = torch.split(tokens.to(model.device), size)
+        self._blocks = blocks
+        self._calls = self._capture_calls(model, batches[0])
+        self.hidden = [self._first_input(model, part) for part in batches]
+
+    @torch.inference_mode()
+    def _capture_calls(self, model: PreTrainedModel, tokens: Tensor) -> list[Call]:
+        """One forward pass that notes the arguments of every block: masks differ between blocks in some models."""
+        calls: dict[nn.Module, Call] = {}
+
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            rest = {key: value for key, value in kwargs.items() if key != "hidden_states"}
+            calls[module] = (args[1:], rest)
+
+        with _hooked([block.module for block in self._blocks], note):
+            model.base_model(input_ids=tokens, use_cache=False)
+        return [calls[block.module] for block in self._blocks]
+
+    @torch.inference_mode()
+    def _first_input(self, model: PreTrainedModel, tokens: Tensor) -> Tensor:
+        found: list[Tensor] = []
+
+        def take(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found.append(args[0] if args else kwargs["hidden_states"])
+            raise _Stop
+
+        with _hooked([self._blocks[0].module], take), suppress(_Stop):
+            model.base_model(input_ids=tokens, use_cache=False)
+        return found[0]
+
+    @torch.inference_mode()
+    def statistics(self, index: int, *, with_gram: bool) -> Mapping[str, InputStatistics]:
+        """Input statistics of every prunable linear of one block, from the hidden states that reach it."""
+        collector = _Collector(self._blocks[index], with_gram=with_gram)
+        try:
+            for hidden in self.hidden:
+                self._call(index, hidden)
+        finally:
+            collector.close()
+        return collector.statistics
+
+    @torch.inference_mode()
+    def advance(self, index: int) -> None:
+        """Runs one block, with whatever weights it has now, over all hidden states."""
+        for position, hidden in enumerate(self.hidden):
+            self.hidden[position] = self._call(index, hidden)
+
+    def _call(self, index: int, hidden: Tensor) -> Tensor:
+        args, kwargs = self._calls[index]
+        output = self._blocks[index].module(hidden, *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def _hooked(modules: list[nn.Module], hook: Callable[..., None]) -> Iterator[None]:
+    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

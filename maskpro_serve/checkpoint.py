@@ -1,0 +1,302 @@
+"""Reads and checks a packed checkpoint: a Hugging Face folder with ``compressed``, ``bitmask``, ``shape``.
+
+kernels/FORMAT.md is the specification. Every way a file can be wrong is one :class:`CheckpointError`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from maskpro_kernels import NMPattern, NMWeight
+from maskpro_kernels.bits import bitmask_width
+from maskpro_kernels.packing import check_bitmask
+
+QUANT_METHOD = "maskpro"
+FORMAT = "nm-bitmask"
+FORMAT_VERSION = 1
+SUFFIXES = (".compressed", ".bitmask", ".shape")
+
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "U8": torch.uint8, "I64": torch.int64}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; names the file, the tensor, what was expected and found."""
+
+
+@dataclass(frozen=True)
+class PackedFormat:
+    """The ``quantization_config`` of a packed checkpoint.
+
+    Attributes:
+        pattern: the (N:M) pattern of every packed linear.
+        ignore: names of linears that stayed dense.
+        provenance: the rest: where the mask came from.
+    """
+
+    pattern: NMPattern
+    ignore: tuple[str, ...] = ()
+    provenance: Mapping[str, Any] | None = None
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any], where: str) -> PackedFormat:
+        """Parses it.
+
+        Args:
+            config: the ``quantization_config`` of config.json.
+            where: the file, for messages.
+
+        Raises:
+            CheckpointError: another method, format, a newer version, or an unknown pattern.
+        """
+        for key, expected in (("quant_method", QUANT_METHOD), ("format", FORMAT)):
+            if config.get(key) != expected:
+                raise CheckpointError(f"{where}: {key}: expected {expected!r}, found {config.get(key)!r}")
+        found = config.get("format_version")
+        if found != FORMAT_VERSION:
+            newer = isinstance(found, int) and found > FORMAT_VERSION
+            hint = "; it was written by a newer maskpro-serve, upgrade to read it" if newer else ""
+            raise CheckpointError(f"{where}: format_version: expected {FORMAT_VERSION}, found {found!r}{hint}")
+        try:
+            pattern = NMPattern.parse(config.get("pattern", ""))
+        except ValueError as error:
+            raise CheckpointError(f"{where}: pattern: {error}") from error
+        ignore = config.get("ignore", [])
+        if not isinstance(ignore, list) or not all(isinstance(name, str) for name in ignore):
+            raise CheckpointError(f"{where}: ignore: expected a list of layer names, found {ignore!r}")
+        own = {"quant_method", "format", "format_version", "pattern", "ignore"}
+        return cls(pattern, tuple(ignore), {k: v for k, v in config.items() if k not in own})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The inverse of :meth:`from_dict`."""
+        return {
+            **(self.provenance or {}),
+            "quant_method": QUANT_METHOD,
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "pattern": str(self.pattern),
+            "ignore": list(self.ignore),
+        }
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor's place and header entry, before any of its data is read."""
+
+    file: Path
+    name: str
+    dtype: torch.dtype | None
+    shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.name}"
+
+
+@contextmanager
+def open_safetensors(path: Path) -> Iterator[Any]:
+    """``safe_open`` on the CPU, its errors turned into ours.
+
+    Raises:
+        CheckpointError: the file is missing, truncated or no safetensors file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file") from error
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: truncated or not a safetensors file: {error}") from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The folder's ``config.json``.
+
+    Raises:
+        CheckpointError: the folder or the file is missing, or it is not a JSON object.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder")
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file; expected a Hugging Face model folder") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not readable JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(config).__name__}")
+    return config
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The folder's safetensors files: those the index names, else ``model.safetensors``.
+
+    Raises:
+        CheckpointError: there are none, or the index is unreadable or names a file outside the folder.
+    """
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        single = folder / "model.safetensors"
+        if not single.is_file():
+            raise CheckpointError(f"{folder}: neither model.safetensors nor {index.name} is there")
+        return [single]
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{index}: not a readable index: {error!r}") from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise CheckpointError(f"{index}: weight_map: expected a file name, found {name!r}")
+    return [folder / name for name in names]
+
+
+def read_headers(folder: Path) -> dict[str, TensorInfo]:
+    """Name, place, dtype and shape of every tensor, from the files' headers alone.
+
+    Raises:
+        CheckpointError: a file is missing or truncated, or two files hold the same tensor.
+    """
+    infos: dict[str, TensorInfo] = {}
+    for path in weight_files(folder):
+        with open_safetensors(path) as file:
+            for name in file.keys():  # noqa: SIM118  (safe_open is no dict)
+                view = file.get_slice(name)
+                info = TensorInfo(path, name, _DTYPES.get(view.get_dtype()), tuple(view.get_shape()))
+                if name in infos:
+                    raise CheckpointError(f"{info}: also in {infos[name].file}")
+                infos[name] = info
+    return infos
+
+
+def packed_names(headers: Mapping[str, TensorInfo]) -> list[str]:
+    """Names (without suffix) of the packed linears."""
+    return sorted({name.removesuffix(s) for name in headers for s in SUFFIXES if name.endswith(s)})
+
+
+def read_packed(headers: Mapping[str, TensorInfo], name: str, pattern: NMPattern, *, contents: bool) -> NMWeight | None:
+    """Checks one packed linear, and reads it.
+
+    Args:
+        headers: from :func:`read_headers`.
+        name: the linear's name, without suffix.
+        pattern: the checkpoint's pattern.
+        contents: False checks shapes and dtypes only, and returns None.
+
+    Raises:
+        CheckpointError: a part is missing, the parts disagree, or the bitmask is not strict.
+    """
+    try:
+        compressed, bitmask, shape = (headers[name + suffix] for suffix in SUFFIXES)
+    except KeyError as error:
+        raise CheckpointError(
+            f"{next(iter(headers.values())).file.parent}: tensor {error.args[0]} is missing, but other parts of "
+            f"{name} are there"
+        ) from error
+    with open_safetensors(shape.file) as file:
+        if shape.dtype != torch.int64 or shape.shape not in ((2, 1), (2,)):
+            raise CheckpointError(f"{shape}: expected int64 (2, 1), found {shape.dtype} {shape.shape}")
+        out_features, in_features = (int(size) for size in file.get_tensor(shape.name).flatten())
+    if out_features <= 0 or not pattern.divides(in_features):
+        raise CheckpointError(f"{shape}: ({out_features}, {in_features}) is no shape that {pattern} groups divide")
+    for info, columns in ((compressed, pattern.kept(in_features)), (bitmask, bitmask_width(in_features))):
+        if info.shape != (out_features, columns):
+            raise CheckpointError(
+                f"{info}: expected shape {(out_features, columns)} (a {pattern} weight of {out_features} x "
+                f"{in_features}), found {info.shape}"
+            )
+    if bitmask.dtype != torch.uint8:
+        raise CheckpointError(f"{bitmask}: expected torch.uint8, found {bitmask.dtype}")
+    if compressed.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise CheckpointError(f"{compressed}: expected a 16 or 32 bit float, found {compressed.dtype}")
+    if not contents:
+        return None
+    weight = NMWeight(_read(compressed), _read(bitmask), (out_features, in_features), pattern)
+    try:
+        check_bitmask(weight)
+    except ValueError as error:
+        raise CheckpointError(f"{bitmask}: {error}") from error
+    return weight
+
+
+def _read(info: TensorInfo) -> Tensor:
+    with open_safetensors(info.file) as file:
+        tensor: Tensor = file.get_tensor(info.name)
+    return tensor
+
+
+def packed_format(folder: Path) -> PackedFormat | None:
+    """The folder's packed format, or None if it is a checkpoint of another kind.
+
+    Raises:
+        CheckpointError: config.json is unreadable, or its ``quantization_config`` is ours and wrong.
+    """
+    quantization = read_config(folder).get("quantization_config")
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
+        return None
+    return PackedFormat.from_dict(quantization, where=f"{folder / 'config.json'}: quantization_config")
+
+
+def check_checkpoint(folder: Path, *, contents: bool) -> PackedFormat | None:
+    """Checks a local checkpoint before a server is started on it.
+
+    Args:
+        folder: a Hugging Face folder; one that is not packed by us only has its headers read.
+        contents: also check every bitmask (reads 1/8 byte per weight and the kept values' pages not at all).
+
+    Returns:
+        The packed format, or None for a checkpoint of another kind.
+
+    Raises:
+        CheckpointError: the first thing that is wrong, in one sentence.
+    """
+    packed = packed_format(folder)
+    if packed is None:
+        return None
+    headers = read_headers(folder)
+    names = packed_names(headers)
+    if not names:
+        raise CheckpointError(f"{folder}: config.json says {packed.pattern}, but no tensor ends in .compressed")
+    for name in names:
+        read_packed(headers, name, packed.pattern, contents=contents)
+    return packed
+
+
+def load_packed(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor | NMWeight]]:
+    """Reads a packed checkpoint whole.
+
+    Args:
+        folder: the checkpoint's folder.
+
+    Returns:
+        ``config.json``, and for every weight its tensor; packed linears appear as an :class:`NMWeight`
+        under the dense name (``X.weight``).
+
+    Raises:
+        CheckpointError: the folder is no packed checkpoint, or something in it is wrong.
+    """
+    path = Path(folder)
+    config = read_config(path)
+    packed = packed_format(path)
+    if packed is None:
+        raise CheckpointError(f"{path / 'config.json'}: quantization_config: expected quant_method {QUANT_METHOD!r}")
+    headers = read_headers(path)
+    names = packed_names(headers)
+    weights: dict[str, Tensor | NMWeight] = {}
+    for name in names:
+        weight = read_packed(headers, name, packed.pattern, contents=True)
+        assert weight is not None
+        weights[f"{name}.weight"] = weight
+    parts = {name + suffix for name in names for suffix in SUFFIXES}
+    for name, info in headers.items():
+        if name not in parts:
+            weights[name] = _read(info)
+    return config, weights

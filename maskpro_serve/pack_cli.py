@@ -1,0 +1,46 @@
+"""``maskpro-pack``: a dense checkpoint and a mask in, a packed checkpoint out."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from maskpro_kernels import NMPattern
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="maskpro-pack", description="Pack a dense Hugging Face checkpoint and its N:M mask for maskpro-serve."
+    )
+    parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="dense model folder (safetensors)")
+    parser.add_argument("--mask", type=Path, metavar="FILE", help="mask file; without it the model's own zeros count")
+    parser.add_argument("--pattern", metavar="N:M", help="kept:group, such as 2:4; required without --mask")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to write; must not exist")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; bad input is one sentence on stderr and exit code 2."""
+    arguments = _parser().parse_args(argv)
+    from maskpro_serve.convert import convert
+
+    try:
+        pattern = NMPattern.parse(arguments.pattern) if arguments.pattern else None
+        report = convert(
+            arguments.model, arguments.output, mask=arguments.mask, pattern=pattern, progress=sys.stderr.isatty()
+        )
+    except (ValueError, OSError) as error:
+        print(f"maskpro-pack: {error}", file=sys.stderr)
+        return 2
+    share = report.packed_bytes / report.dense_bytes
+    print(f"{arguments.output}: {len(report.packed)} linears packed {report.pattern}")
+    print(f"{report.packed_bytes / 1e6:.1f} MB for {report.dense_bytes / 1e6:.1f} MB of dense weights ({share:.4f})")
+    for name, reason in report.dense.items():
+        print(f"left dense: {name}: {reason}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The quantization method ``maskpro`` of vLLM: packed (N:M) linears on our kernels."""
