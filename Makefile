@@ -48,7 +48,7 @@ wheel: setup
 
 bench: setup
 	$(BIN)/python kernels/bench/nm_linear.py --json docs/results/nm_linear.json
-	$(BIN)/python scripts/decode_speed.py --json docs/results/decode_speed.json
+	$(BIN)/python loadtests/decode_speed.py --json docs/results/decode_speed.json
 
 goldens: setup
 	$(BIN)/python -m pytest -m golden --refresh-goldens

@@ -117,7 +117,6 @@ def _build_dense(target: Path) -> None:
         gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
     )
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model.config.quantization_config = None
     with temporary_sibling(target) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

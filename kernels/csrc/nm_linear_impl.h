@@ -2,9 +2,12 @@
 //
 //   for every kPassTokens tokens                    bounds the working memory
 //     convert the activations to float32 blocks     shared by all threads
-//     for every kPanelRows rows of this thread
-//       few tokens:   tiles straight from the packed weight
-//       many tokens:  per block of columns, expand a panel into L2, then tiles from the panel
+//     few tokens: for every kPanelRows rows of this thread
+//       tiles straight from the packed weight
+//       add the bias, round, store
+//     many tokens: for every kGroupPanels panels of kPanelRows rows of this thread
+//       for every block of columns, whose activations stay in L2 throughout the group
+//         for every panel: expand it into L2, then tiles from the panel
 //       add the bias, round, store
 #ifndef MASKPRO_NM_LINEAR_IMPL_H_
 #define MASKPRO_NM_LINEAR_IMPL_H_
@@ -20,9 +23,12 @@
 
 namespace maskpro {
 
-// Enough to make a panel's expansion cheap, few enough that the activations of a 7B model's widest
-// layer stay below 25 MB of float32.
-constexpr int64_t kPassTokens = 512;
+// Enough to make a panel's expansion cheap; few enough that a block's activations, 1 MiB, stay in an L2
+// of 2 MiB and that working memory is bounded.
+constexpr int64_t kPassTokens = 256;
+
+// The activations of a block are read from L3 once per group.
+constexpr int64_t kGroupPanels = 16;
 
 template <class Isa>
 class NMLinearRun {
@@ -30,11 +36,12 @@ class NMLinearRun {
   explicit NMLinearRun(const NMLinear& call)
       : call_(call),
         blocks_((call.in_features + kBlockColumns - 1) / kBlockColumns),
-        pass_tokens_(call.tokens < kPassTokens ? call.tokens : kPassTokens) {}
+        pass_tokens_(call.tokens < kPassTokens ? call.tokens : kPassTokens),
+        group_rows_(is_direct(call.tokens) ? kPanelRows : kGroupPanels * kPanelRows) {}
 
   int32_t operator()() {
     const int64_t x_floats = blocks_ * pass_tokens_ * kBlockStride;
-    const int64_t sums_floats = pass_tokens_ * kPanelRows;
+    const int64_t sums_floats = pass_tokens_ * group_rows_;
     const int64_t thread_floats = kPanelRows * kBlockStride + sums_floats;
     float* scratch = thread_scratch(x_floats + call_.threads * thread_floats);
     if (scratch == nullptr) return MASKPRO_NO_MEMORY;
@@ -58,9 +65,10 @@ class NMLinearRun {
         const int64_t tokens = rest < pass_tokens_ ? rest : pass_tokens_;
         convert_x(token, tokens, thread, threads);
 #pragma omp barrier
-        for (int64_t row = row_begin; row < row_end; row += kPanelRows) {
-          multiply_rows(row, row_end, tokens, panel, sums);
-          store_rows(row, row_end, token, tokens, sums);
+        for (int64_t row = row_begin; row < row_end; row += group_rows_) {
+          const int64_t group_end = row_end - row < group_rows_ ? row_end : row + group_rows_;
+          multiply_rows(row, group_end, tokens, panel, sums);
+          store_rows(row, group_end, token, tokens, sums);
         }
 #pragma omp barrier
       }
@@ -70,6 +78,12 @@ class NMLinearRun {
 
  private:
   using Vec = typename Isa::Vec;
+
+  // Decided by the whole call, so that its last, shorter pass goes the same way.
+  static bool is_direct(int64_t tokens) { return tokens <= Isa::kDirectTokens; }
+
+  // Sums of a group, [panel][token][kPanelRows].
+  static float* panel_sums(float* sums, int64_t panel_row, int64_t tokens) { return sums + panel_row * tokens; }
 
   // Activations of the pass, [block][token][kBlockStride], zero beyond in_features up to a whole vector.
   float* x_block(int64_t block, int64_t tokens) const { return x_ + block * tokens * kBlockStride; }
@@ -112,10 +126,9 @@ class NMLinearRun {
     return Isa::load(padded);
   }
 
-  // sums [tokens, kPanelRows] = x W^T for the rows of one panel.
+  // sums = x W^T for the rows [row, row_end) of one group.
   void multiply_rows(int64_t row, int64_t row_end, int64_t tokens, float* panel, float* sums) const {
-    memset(sums, 0, static_cast<size_t>(tokens * kPanelRows) * sizeof(float));
-    if (row_end > row + kPanelRows) row_end = row + kPanelRows;
+    memset(sums, 0, static_cast<size_t>(tokens * group_rows_) * sizeof(float));
     switch (call_.weight_dtype) {
       case MASKPRO_F32:
         return multiply_weight<float>(row, row_end, tokens, panel, sums);
@@ -137,36 +150,45 @@ class NMLinearRun {
 
   template <class Packed>
   void multiply_packed(int64_t row, int64_t row_end, int64_t tokens, float* panel, float* sums) const {
-    if (tokens <= Isa::kDirectTokens) {
+    if (is_direct(call_.tokens)) {
       for (int64_t tile = row; tile < row_end; tile += kTileRows) {
         for (int64_t block = 0; block < blocks_; ++block) {
-          multiply_tokens(Packed(call_, tile, row_end, block), block, tokens, sums + tile - row);
+          multiply_tile_rows(Packed(call_, tile, row_end, block), block, tokens, sums + tile - row);
         }
       }
       return;
     }
     for (int64_t block = 0; block < blocks_; ++block) {
-      int64_t vectors = 0;
-      for (int64_t tile = row; tile < row_end; tile += kTileRows) {
-        const Packed packed(call_, tile, row_end, block);
-        vectors = packed.vectors();
-        expand_tile<Isa>(packed, panel + (tile - row) * kBlockStride);
-      }
-      // Tokens outside, rows inside: the few tokens stay in L1 while the panel streams from L2.
-      for (int64_t t = 0; t < tokens; t += Isa::kTileTokens) {
-        const int64_t rest = tokens - t;
-        const int64_t some = rest < Isa::kTileTokens ? rest : Isa::kTileTokens;
-        for (int64_t r = 0; r < row_end - row; r += kTileRows) {
-          multiply_some<Isa::kTileTokens>(PanelRows<Isa>(panel + r * kBlockStride, vectors),
-                                          x_block(block, tokens) + t * kBlockStride, some,
-                                          sums + t * kPanelRows + r);
-        }
+      for (int64_t first = row; first < row_end; first += kPanelRows) {
+        const int64_t end = row_end - first < kPanelRows ? row_end : first + kPanelRows;
+        multiply_panel<Packed>(first, end, block, tokens, panel, panel_sums(sums, first - row, tokens));
       }
     }
   }
 
   template <class Packed>
-  void multiply_tokens(const Packed& packed, int64_t block, int64_t tokens, float* sums) const {
+  void multiply_panel(int64_t row, int64_t row_end, int64_t block, int64_t tokens, float* panel,
+                      float* sums) const {
+    int64_t vectors = 0;
+    for (int64_t tile = row; tile < row_end; tile += kTileRows) {
+      const Packed packed(call_, tile, row_end, block);
+      vectors = packed.vectors();
+      expand_tile<Isa>(packed, panel + (tile - row) * kBlockStride);
+    }
+    // Tokens outside, rows inside: the few tokens stay in L1 while the panel streams from L2.
+    for (int64_t t = 0; t < tokens; t += Isa::kTileTokens) {
+      const int64_t rest = tokens - t;
+      const int64_t some = rest < Isa::kTileTokens ? rest : Isa::kTileTokens;
+      const float* x = x_block(block, tokens) + t * kBlockStride;
+      for (int64_t r = 0; r < row_end - row; r += kTileRows) {
+        multiply_some<Isa::kTileTokens>(PanelRows<Isa>(panel + r * kBlockStride, vectors), x, some,
+                                        sums + t * kPanelRows + r);
+      }
+    }
+  }
+
+  template <class Packed>
+  void multiply_tile_rows(const Packed& packed, int64_t block, int64_t tokens, float* sums) const {
     for (int64_t t = 0; t < tokens; t += Isa::kTileTokens) {
       const int64_t rest = tokens - t;
       multiply_some<Isa::kTileTokens>(packed, x_block(block, tokens) + t * kBlockStride,
@@ -184,8 +206,14 @@ class NMLinearRun {
     multiply_tile<Isa, kTokens>(rows, x, sums);
   }
 
-  void store_rows(int64_t row, int64_t row_end, int64_t token, int64_t tokens, const float* sums) const {
-    const int64_t rows = row_end - row < kPanelRows ? row_end - row : kPanelRows;
+  void store_rows(int64_t row, int64_t row_end, int64_t token, int64_t tokens, float* sums) const {
+    for (int64_t first = row; first < row_end; first += kPanelRows) {
+      const int64_t rows = row_end - first < kPanelRows ? row_end - first : kPanelRows;
+      store_panel(first, rows, token, tokens, panel_sums(sums, first - row, tokens));
+    }
+  }
+
+  void store_panel(int64_t row, int64_t rows, int64_t token, int64_t tokens, const float* sums) const {
     float bias[kPanelRows] = {};
     if (call_.bias != nullptr) load_bias(row, rows, bias);
     const int64_t first = token * call_.out_features + row;
@@ -230,6 +258,7 @@ class NMLinearRun {
   const NMLinear& call_;
   const int64_t blocks_;
   const int64_t pass_tokens_;
+  const int64_t group_rows_;
   float* x_ = nullptr;
 };
 

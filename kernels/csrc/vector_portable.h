@@ -18,9 +18,9 @@ struct Portable {
   // Whether every nibble of bitmask keeps the same number of weights.
   static bool regular(int32_t, int32_t m) { return m == kLanes; }
 
-  // How many values expand() may read beyond those it keeps.
+  // How many values expand() may read from where it is pointed.
   template <bool kRegular>
-  static constexpr int kWindow = 0;
+  static constexpr int kWindow = kLanes;
 
   static uint32_t bits(const uint8_t* row, int64_t vector) {
     return row[vector >> 1] >> (4 * (vector & 1)) & 15u;
@@ -45,19 +45,23 @@ struct Portable {
     for (int i = 0; i < kLanes; ++i) from_float(v[i], p + i);
   }
 
+  // No branch and no select: the bits are as good as random to a branch predictor.
   template <bool kRegular, class Weight>
   static Vec expand(const Weight* p, uint32_t bits) {
-    return expand_exact(p, bits);
+    const uint32_t rank1 = bits & 1;
+    const uint32_t rank2 = rank1 + (bits >> 1 & 1);
+    const uint32_t rank3 = rank2 + (bits >> 2 & 1);
+    const Vec dealt{to_float(p[0]), to_float(p[rank1]), to_float(p[rank2]), to_float(p[rank3])};
+    const int32_t word = static_cast<int32_t>(bits);
+    const Lanes kept = (Lanes{word, word, word, word} & Lanes{1, 2, 4, 8}) != 0;
+    return reinterpret_cast<Vec>(reinterpret_cast<Lanes>(dealt) & kept);
   }
-  // Chooses an address instead of branching: the bits are as good as random to a branch predictor.
+  // As expand(), but reads only the values that the bits keep.
   template <class Weight>
   static Vec expand_exact(const Weight* p, uint32_t bits) {
-    const Weight none{};
-    const Weight* at1 = p + (bits & 1);
-    const Weight* at2 = at1 + (bits >> 1 & 1);
-    const Weight* at3 = at2 + (bits >> 2 & 1);
-    return Vec{to_float(*(bits & 1 ? p : &none)), to_float(*(bits & 2 ? at1 : &none)),
-               to_float(*(bits & 4 ? at2 : &none)), to_float(*(bits & 8 ? at3 : &none))};
+    Weight values[kLanes] = {};
+    memcpy(values, p, static_cast<size_t>(count(bits)) * sizeof(Weight));
+    return expand<false>(values, bits);
   }
 
   static int count(uint32_t bits) {
@@ -71,6 +75,8 @@ struct Portable {
   }
 
  private:
+  typedef int32_t Lanes __attribute__((vector_size(16)));
+
   static float from_bits(uint32_t bits) {
     float f;
     memcpy(&f, &bits, sizeof f);

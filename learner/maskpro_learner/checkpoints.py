@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from maskpro_learner.errors import ModelError
@@ -45,7 +46,7 @@ def load_model(name: str, dtype: torch.dtype, device: str = "cpu") -> PreTrained
     check_model(name)
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{name}: not a readable causal language model: {_first_line(error)}") from error
     model.train(False).requires_grad_(False)
     moved: PreTrainedModel = model.to(device)  # type: ignore[arg-type]

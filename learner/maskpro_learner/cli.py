@@ -31,7 +31,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--pattern", default="2:4", help="N:M, N of every M inputs are kept (default 2:4)")
     parser.add_argument("--init", required=True, metavar="|".join([*METHODS, "MASKFILE"]), help="how to make the mask")
     parser.add_argument("--output", required=True, type=Path, help="mask file to write, .safetensors")
-    data = parser.add_argument_group("calibration (wanda and sparsegpt)")
+    data = parser.add_argument_group("calibration (wanda, sparsegpt and swap)")
     data.add_argument(
         "--calibration", nargs="+", type=Path, default=[], metavar="FILE",
         help=".txt, or .jsonl with text, prefix and gold_completion, or messages; several files share the samples",

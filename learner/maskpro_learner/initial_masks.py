@@ -1,4 +1,4 @@
-"""One-shot masks: magnitude, Wanda (arXiv:2306.11695), SparseGPT (arXiv:2301.00774), random.
+"""One-shot masks: magnitude, Wanda (arXiv:2306.11695), SparseGPT (arXiv:2301.00774), swap search, random.
 
 They are where learning starts, and masks of their own right. N means kept.
 """
@@ -16,12 +16,14 @@ from transformers import PreTrainedModel
 from maskpro_kernels import NMPattern
 from maskpro_kernels.packing import magnitude_mask, top_n_mask
 from maskpro_learner.layers import select_layers
+from maskpro_learner.mask_search import swap_search
 from maskpro_learner.sequential import BlockRunner, InputStatistics
 from maskpro_learner.sparsegpt import sparsegpt
 
-Method = Literal["magnitude", "wanda", "sparsegpt", "random"]
+Method = Literal["magnitude", "wanda", "sparsegpt", "swap", "random"]
 METHODS: tuple[Method, ...] = get_args(Method)
-CALIBRATED_METHODS: tuple[Method, ...] = ("wanda", "sparsegpt")
+CALIBRATED_METHODS: tuple[Method, ...] = ("wanda", "sparsegpt", "swap")
+_GRAM_METHODS: tuple[Method, ...] = ("sparsegpt", "swap")
 
 
 def wanda_mask(weight: Tensor, square_sum: Tensor, pattern: NMPattern) -> Tensor:
@@ -64,13 +66,13 @@ def initial_masks(
 ) -> InitialMasks:
     """Makes a mask for every prunable layer, and applies it to the model in place.
 
-    Wanda and SparseGPT go block by block: the inputs of a block come from the blocks before it, already pruned.
+    Wanda, SparseGPT and swap go block by block: the inputs of a block come from the blocks before it, already pruned.
 
     Args:
         model: changed in place: dropped weights become zero.
         pattern: the pattern.
-        method: magnitude, wanda, sparsegpt or random.
-        tokens: int64 (samples, length) calibration tokens, for wanda and sparsegpt.
+        method: magnitude, wanda, sparsegpt, swap (Wanda, then swap_search) or random.
+        tokens: int64 (samples, length) calibration tokens, for wanda, sparsegpt and swap.
         seed: of the random masks.
         refit: sparsegpt only: also replace the kept weights by the refit ones. Without it the kept weights stay bit
             for bit as they were, and later blocks see *that* model, the one a mask file describes.
@@ -95,7 +97,7 @@ def initial_masks(
     generator = torch.Generator().manual_seed(seed)
     masks: dict[str, Tensor] = {}
     for index, block in enumerate(layers.blocks):
-        statistics = runner.statistics(index, with_gram=method == "sparsegpt") if runner else {}
+        statistics = runner.statistics(index, with_gram=method in _GRAM_METHODS) if runner else {}
         for name, linear in block.linears.items():
             masks[f"{name}.weight"] = _prune(linear, statistics.get(name), pattern, method, refit, generator).cpu()
             advance(1)
@@ -128,6 +130,11 @@ def _prune(
             mask = result.mask
             if refit:
                 weight.copy_(result.refit)
+        case "swap":
+            assert statistics is not None
+            assert statistics.gram is not None
+            start = wanda_mask(weight, statistics.square_sum, pattern)
+            mask = swap_search(weight, statistics.gram, start, pattern)
         case _:
             assert_never(method)
     weight.masked_fill_(~mask, 0)

@@ -12,8 +12,9 @@ so the best swap of every row is found at once, group after group, and E only ev
 from __future__ import annotations
 
 import torch
-from maskpro_kernels import NMPattern
 from torch import Tensor
+
+from maskpro_kernels import NMPattern
 
 
 @torch.no_grad()

@@ -1,0 +1,171 @@
+"""Every instruction set against a float64 oracle, within bounds derived from the arithmetic."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from maskpro_kernels import NMPattern, NMWeight, UnsupportedKernelError, _cpu, nm_linear, pack, unpack
+from maskpro_kernels.support import select_backend
+
+PATTERNS = st.sampled_from([4, 8, 16, 32]).flatmap(lambda m: st.builds(NMPattern, st.integers(1, m), st.just(m)))
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+ISAS = ("avx512", "avx2", "portable")
+
+
+@pytest.fixture(params=ISAS)
+def isa(request) -> str:
+    if request.param not in _cpu.available_isas():
+        pytest.skip(f"this machine has no {request.param}")
+    return request.param
+
+
+def check(x: torch.Tensor, weight: NMWeight, bias: torch.Tensor | None, y: torch.Tensor) -> None:
+    """|error| <= gamma_k |x||W| (Higham 2002, 3.1) for the float32 sum, and half an ulp for rounding it."""
+    dense = unpack(weight).double()
+    exact = x.double() @ dense.T
+    bound = x.double().abs() @ dense.abs().T
+    if bias is not None:
+        exact = exact + bias.double()
+        bound = bound + bias.double().abs()
+    unit = torch.finfo(torch.float32).eps / 2
+    terms = weight.values.shape[1] + 2
+    tolerance = terms * unit / (1 - terms * unit) * bound + torch.finfo(x.dtype).eps * exact.abs()
+    tolerance = tolerance + torch.finfo(x.dtype).smallest_normal
+    error = (y.double() - exact).abs()
+    assert not torch.isnan(y).any(), "an output was not written"
+    assert (error <= tolerance).all(), f"error {error.max():.3g}, {(error / tolerance).max():.2f} of the bound"
+
+
+def run_on_nan(x: torch.Tensor, weight: NMWeight, bias: torch.Tensor | None, isa: str, threads: int) -> torch.Tensor:
+    """Calls the C function on an output of NaN, so that what is not written shows."""
+    y = torch.full((x.shape[0], weight.shape[0]), torch.nan, dtype=x.dtype)
+    codes = _cpu._DTYPE_CODES
+    status = _cpu.library().maskpro_nm_linear(
+        y.data_ptr(), x.data_ptr(), weight.values.data_ptr(), weight.bitmask.data_ptr(),
+        None if bias is None else bias.data_ptr(), x.shape[0], weight.shape[1], weight.shape[0],
+        weight.pattern.n, weight.pattern.m, codes[x.dtype], codes[weight.values.dtype],
+        0 if bias is None else codes[bias.dtype], _cpu.ISA_CODES[isa], threads,
+    )  # fmt: skip
+    assert status == 0
+    return y
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@given(
+    pattern=PATTERNS,
+    # Several vector blocks, a block of 1024 columns crossed, and every tail.
+    groups=st.integers(1, 40) | st.integers(41, 330),
+    rows=st.integers(1, 70),
+    tokens=st.integers(0, 9) | st.integers(10, 70),
+    dtypes=st.tuples(DTYPES, DTYPES, DTYPES),
+    with_bias=st.booleans(),
+    threads=st.integers(1, 5),
+    seed=st.integers(0, 2**31),
+)
+@settings(deadline=None, max_examples=120)
+def test_equals_the_oracle(isa, pattern, groups, rows, tokens, dtypes, with_bias, threads, seed):
+    if isa not in _cpu.available_isas():
+        pytest.skip(f"this machine has no {isa}")
+    generator = torch.Generator().manual_seed(seed)
+    columns = min(groups * pattern.m, 2600 // pattern.m * pattern.m)
+    activation, kept, bias_dtype = dtypes
+    weight = pack(torch.randn((rows, columns), generator=generator).to(kept), pattern)
+    x = torch.randn((tokens, columns), generator=generator).to(activation)
+    bias = torch.randn(rows, generator=generator).to(bias_dtype) if with_bias else None
+    check(x, weight, bias, run_on_nan(x, weight, bias, isa, threads))
+
+
+@pytest.mark.parametrize("tokens", [1, 17, 64, 600])
+def test_many_tokens_and_threads(isa, tokens):
+    weight = pack(torch.randn((130, 2048)).bfloat16(), NMPattern(2, 4))
+    x = torch.randn((tokens, 2048))
+    outputs = [run_on_nan(x, weight, None, isa, threads) for threads in (1, 2, 3, 5)]
+    check(x, weight, None, outputs[0])
+    for y in outputs[1:]:
+        assert torch.equal(y, outputs[0])  # a result does not depend on the number of threads
+
+
+def test_calls_from_several_threads_at_once(isa, monkeypatch):
+    monkeypatch.setenv("MASKPRO_KERNEL", f"cpu-{isa}")
+    weights = [pack(torch.randn((64, 512)).bfloat16(), NMPattern(n, 8)) for n in (1, 2, 4, 6)]
+    inputs = [torch.randn((tokens, 512)) for tokens in (1, 5, 40, 100)]
+    expected = [nm_linear(x, w) for x, w in zip(inputs, weights, strict=True)]
+    wrong: list[int] = []
+
+    def work(i: int) -> None:
+        for _ in range(30):
+            if not torch.equal(nm_linear(inputs[i], weights[i]), expected[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_leading_dimensions_and_strides():
+    weight = pack(torch.randn(24, 32), NMPattern(2, 4))
+    x = torch.randn(3, 64, 5).transpose(1, 2)[..., ::2]
+    torch.testing.assert_close(nm_linear(x, weight), x @ unpack(weight).T)
+    assert nm_linear(torch.randn(32), weight).shape == (24,)
+    assert nm_linear(torch.randn(0, 32), weight).shape == (0, 24)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(dtype):
+    weight = pack(torch.randn(16, 64).to(dtype), NMPattern(2, 4))
+    for x in (torch.randn(3, 64).to(dtype), torch.randn(2, 5, 64).to(dtype)):
+        arguments = (x, weight.values, weight.bitmask, torch.randn(16).to(dtype), 2, 4)
+        torch.library.opcheck(torch.ops.maskpro.nm_linear.default, arguments)
+
+
+def test_is_one_node_under_torch_compile():
+    weight = pack(torch.randn(16, 64), NMPattern(2, 4))
+    nodes: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object):
+        nodes.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    compiled = torch.compile(lambda x: nm_linear(x, weight) + 1, backend=backend, fullgraph=True)
+    x = torch.randn(3, 64)
+    torch.testing.assert_close(compiled(x), x @ unpack(weight).T + 1)
+    assert sum("nm_linear" in node for node in nodes) == 1
+
+
+def test_disagreeing_arguments_give_both_sizes():
+    weight = pack(torch.randn(16, 64), NMPattern(2, 4))
+    with pytest.raises(ValueError, match=r"x has in_features = 60, but a 2:4 weight .* has 64"):
+        nm_linear(torch.randn(3, 60), weight)
+    with pytest.raises(ValueError, match=r"bias of shape \(15,\), expected \(16,\)"):
+        nm_linear(torch.randn(3, 64), weight, torch.randn(15))
+
+
+def test_backend_choice(monkeypatch):
+    pattern = NMPattern(2, 4)
+
+    def name() -> str:
+        return select_backend(pattern, torch.float32, torch.bfloat16, "cpu").name
+
+    best = f"cpu-{_cpu.available_isas()[0]}"
+    monkeypatch.delenv("MASKPRO_KERNEL", raising=False)
+    assert name() == best
+    monkeypatch.setenv("MASKPRO_KERNEL", "cpu")
+    assert name() == best
+    monkeypatch.setenv("MASKPRO_KERNEL", "reference")
+    assert name() == "reference"
+    monkeypatch.setenv("MASKPRO_KERNEL", "fastest")
+    with pytest.raises(ValueError, match="MASKPRO_KERNEL='fastest' is unknown: expected one of auto, cpu, cpu-avx512"):
+        name()
+    monkeypatch.setenv("MASKPRO_KERNEL", "auto")
+    with pytest.raises(
+        UnsupportedKernelError, match="pattern 2:4, activations torch.float32, weights torch.bfloat16 on"
+    ):
+        select_backend(pattern, torch.float32, torch.bfloat16, "cuda")

@@ -1,0 +1,80 @@
+"""The chat corpus a model writes for itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from maskpro_learner import ModelError
+from maskpro_learner.chat_corpus import answer, main, render_prompt, write_chat_corpus
+from maskpro_learner.chat_prompts import prompt_families, seed_prompts
+
+
+def test_prompts_are_distinct_varied_and_seeded() -> None:
+    families = prompt_families()
+    everything = [prompt for family in families.values() for prompt in family]
+    assert len(everything) == len(set(everything)) > 1500
+    prompts = seed_prompts(200, seed=3)
+    assert len(set(prompts)) == 200
+    assert prompts == seed_prompts(200, seed=3) != seed_prompts(200, seed=4)
+    assert prompts[:50] == seed_prompts(50, seed=3)
+    for name, family in families.items():
+        assert set(prompts) & set(family), name
+    assert sorted(seed_prompts(len(everything), 0)) == sorted(everything)
+    for count in (0, len(everything) + 1):
+        with pytest.raises(ValueError, match=f"prompts: expected between 1 and {len(everything)}, found {count}"):
+            seed_prompts(count, 0)
+
+
+def test_batched_answers_are_those_of_one_prompt_alone(
+    tiny_model: Callable[[], PreTrainedModel], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model, prompts = tiny_model(), ["cat", "the red bird sat on a mat", "rain fell"]
+    with torch.no_grad():  # an end token that comes up now and then
+        model.lm_head.weight[2] = model.lm_head.weight[5:20].mean(0) * 3
+    together = answer(model, tokenizer, prompts, max_new_tokens=12)
+    assert together == [answer(model, tokenizer, [prompt], max_new_tokens=12)[0] for prompt in prompts]
+    for prompt, text in zip(prompts, together, strict=True):
+        ids = tokenizer(render_prompt(tokenizer, [{"role": "user", "content": prompt}]))["input_ids"]
+        new: list[int] = []
+        while len(new) < 12 and (not new or new[-1] != 2):
+            with torch.inference_mode():
+                new.append(int(model(torch.tensor([ids + new])).logits[0, -1].argmax()))
+        assert text == (tokenizer.decode(new[:-1], skip_special_tokens=True).strip() if new[-1] == 2 else None)
+    sampled = [answer(model, tokenizer, prompts, max_new_tokens=40, temperature=1.0, seed=seed) for seed in (1, 1, 2)]
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_command_line(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "corpus.jsonl"
+    arguments = ["--model", str(model_folder), "--output", str(output), "--device", "cpu"]
+    assert main([*arguments, "--prompts", "12", "--max-new-tokens", "96", "--temperature", "1", "--batch", "8"]) == 0
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert 1 <= len(rows) <= 12
+    for row in rows:
+        assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
+        assert all(message["content"] for message in row["messages"])
+    assert f"{len(rows)} conversations from 12 prompts" in capsys.readouterr().out
+    before = output.read_bytes()
+    for bad, message in (
+        (["--model", str(tmp_path / "absent")], "no such model folder"),
+        (["--prompts", "0"], "prompts: expected between 1"),
+        (["--output", str(tmp_path / "no" / "x.jsonl")], "its folder does not exist"),
+    ):
+        assert main([*arguments, *bad]) == 2
+        assert message in capsys.readouterr().err
+    assert output.read_bytes() == before
+
+
+def test_a_model_without_chat_template(
+    tmp_path: Path, tiny_model: Callable[[], PreTrainedModel], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    tokenizer.chat_template = None
+    with pytest.raises(ModelError, match="no chat template"):
+        write_chat_corpus(tiny_model(), tokenizer, tmp_path / "a.jsonl", prompts=["cat"])
+    assert not list(tmp_path.iterdir())

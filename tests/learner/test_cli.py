@@ -1,0 +1,139 @@
+"""maskpro-learn on a tiny model on disk."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from maskpro_kernels import NMPattern, read_masks, write_masks
+from maskpro_kernels.packing import magnitude_mask
+from maskpro_learner.cli import main
+
+
+@pytest.fixture
+def arguments(model_folder: Path, text_file: Path, tmp_path: Path) -> list[str]:
+    return [
+        "--model", str(model_folder), "--pattern", "2:4", "--calibration", str(text_file), "--samples", "4",
+        "--length", "16", "--seed", "1", "--output", str(tmp_path / "mask.safetensors"), "--device", "cpu",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "swap", "random"])
+def test_one_shot_masks(
+    arguments: list[str], model_folder: Path, tmp_path: Path, method: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*arguments, "--init", method, "--encoding", "states"]) == 0
+    file = read_masks(tmp_path / "mask.safetensors")
+    assert str(file.pattern) == "2:4"
+    assert len(file.masks) == 14
+    weights = model_folder / "model.safetensors"
+    assert (
+        file.provenance.items()
+        >= {
+            "base_model": "tiny-llama",
+            "base_model_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+            "method": method,
+            "seed": "1",
+            "steps": "0",
+        }.items()
+    )
+    calibrated = method not in ("magnitude", "random")
+    assert file.provenance.get("calibration", "").startswith("calibration.txt sha256:") == calibrated
+    assert str(tmp_path) not in str(file.provenance)
+    if method == "magnitude":
+        model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+        name = "model.layers.1.mlp.up_proj.weight"
+        assert torch.equal(file.masks[name], magnitude_mask(model.get_parameter(name), NMPattern.parse("2:4")))
+    assert main([*arguments, "--init", method, "--encoding", "states"]) == 0
+    again = read_masks(tmp_path / "mask.safetensors")
+    assert again.provenance == file.provenance
+    assert all(torch.equal(again.masks[name], mask) for name, mask in file.masks.items())
+    assert "14 layers" in capsys.readouterr().out
+
+
+def test_a_mask_file_goes_through(arguments: list[str], tmp_path: Path) -> None:
+    assert main([*arguments, "--init", "random"]) == 0
+    first = tmp_path / "first.safetensors"
+    (tmp_path / "mask.safetensors").rename(first)
+    assert main([*arguments, "--init", str(first), "--encoding", "states"]) == 0
+    before, after = read_masks(first).masks, read_masks(tmp_path / "mask.safetensors").masks
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_layers_left_dense_are_in_the_table(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main([*arguments, "--init", "magnitude", "--exclude", "*.down_proj"]) == 0
+    assert len(read_masks(tmp_path / "mask.safetensors").masks) == 12
+    assert "2 layers: excluded" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--model", "nowhere"], "nowhere: no such model folder"),
+        (["--model", "{tmp}"], "expected a Hugging Face model folder, found no config.json"),
+        (["--pattern", "two:four"], "unknown sparsity pattern 'two:four': expected N:M"),
+        (["--pattern", "3:5"], "m must be one of"),
+        (["--pattern", "2:8", "--encoding", "states"], "states is for groups of 4"),
+        (["--init", "obc"], "--init obc: expected one of magnitude, wanda"),
+        (["--init", "{tmp}/calibration.txt"], "not a readable safetensors file"),
+        (["--calibration", "{tmp}/absent.txt"], "no such text file"),
+        (["--calibration", "{tmp}/empty.txt"], "expected text, found an empty file"),
+        (["--samples", "5000"], "expected 80000 tokens (5000 samples of 16), found"),
+        (["--samples", "0"], "at least one sample"),
+        (["--output", "{tmp}/no/mask.safetensors"], "its folder does not exist"),
+        (["--include", "nothing"], "no linear layer is left to prune"),
+    ],
+)
+def test_bad_inputs_end_with_one_sentence_and_code_2(
+    arguments: list[str], tmp_path: Path, change: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty.txt").write_text("\n")
+    change = [part.replace("{tmp}", str(tmp_path)) for part in change]
+    assert main([*arguments, "--init", "wanda", *change]) == 2
+    captured = capsys.readouterr().err
+    line = captured.strip().splitlines()[-1]
+    assert line.startswith("maskpro-learn: error: ")
+    assert message in line
+    assert "Traceback" not in captured
+    assert not (tmp_path / "mask.safetensors").exists()
+
+
+def test_missing_tokenizer_and_missing_calibration(
+    arguments: list[str], model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    at = arguments.index("--calibration")
+    assert main([*arguments[:at], *arguments[at + 2 :], "--init", "wanda"]) == 2
+    assert "needs calibration text: give --calibration FILE" in capsys.readouterr().err
+    (model_folder / "tokenizer.json").unlink()
+    assert main([*arguments, "--init", "wanda"]) == 2
+    assert "expected a tokenizer, found none of tokenizer.json" in capsys.readouterr().err
+    assert main([*arguments, "--init", "magnitude"]) == 0  # needs none
+
+
+def test_a_broken_checkpoint(arguments: list[str], model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (model_folder / "model.safetensors").write_bytes(b"broken")
+    assert main([*arguments, "--init", "magnitude"]) == 2
+    assert "not a readable causal language model" in capsys.readouterr().err
+
+
+def test_masks_of_another_model(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pattern = NMPattern.parse("2:4")
+    foreign = tmp_path / "foreign.safetensors"
+    write_masks(foreign, {"model.layers.0.mlp.up_proj.weight": magnitude_mask(torch.ones((2, 8)), pattern)}, pattern)
+    assert main([*arguments, "--init", str(foreign)]) == 2
+    assert "expected a mask of shape" in capsys.readouterr().err
+    assert main([*arguments, "--init", str(foreign), "--pattern", "1:4"]) == 2
+    assert "expected masks of pattern 1:4, found 2:4" in capsys.readouterr().err
+
+
+def test_unknown_flags_exit_with_2(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as raised:
+        main([*arguments, "--init", "wanda", "--steps", "10"])
+    assert raised.value.code == 2
