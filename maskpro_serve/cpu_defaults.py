@@ -1,7 +1,6 @@
 """What a CPU server should be started with where the user does not say: environment and flags.
 
-Each choice was measured; docs/cpu.md has the table. An environment variable or flag that is already set
-always wins.
+An environment variable or flag that is already set always wins.
 """
 
 from __future__ import annotations
@@ -94,6 +93,9 @@ def choose(
     if not names_flag(arguments, "--dtype") and not has_native_bf16(flags):
         extra += ["--dtype", "float32"]
         reasons.append("--dtype float32  (activations; no bfloat16 matrix unit here, weights keep their own dtype)")
+    if not any(names_flag(arguments, f) for f in ("--enforce-eager", "--no-enforce-eager", "--compilation-config")):
+        extra.append("--enforce-eager")
+        reasons.append("--enforce-eager  (ready in seconds, not minutes; --no-enforce-eager compiles)")
     if libraries:
         default_environment("LD_PRELOAD", ":".join(map(str, libraries)), "faster OpenMP and allocation")
     return Defaults(chosen, extra, reasons)

@@ -1,0 +1,23 @@
+"""Run by tests in a process of its own: greedy token ids of a model folder in vLLM, through the plugin alone."""
+
+import json
+import sys
+
+from vllm import LLM, SamplingParams
+
+
+def main() -> None:
+    llm = LLM(
+        model=sys.argv[1], dtype="float32", enforce_eager=True, skip_tokenizer_init=True, max_model_len=128,
+        max_num_seqs=4, kv_cache_memory_bytes=64 << 20, enable_prefix_caching=False,
+    )  # fmt: skip
+    prompts = [
+        {"prompt_token_ids": list(range(start, start + length))} for start, length in ((3, 5), (40, 33), (90, 1))
+    ]
+    sampling = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True, detokenize=False)
+    outputs = llm.generate(prompts, sampling, use_tqdm=False)
+    print(json.dumps([list(output.outputs[0].token_ids) for output in outputs]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""Packed checkpoints: what is written is read back exactly, and every damage is one clear error."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from maskpro_kernels import NMWeight, read_masks, unpack, write_masks
+from maskpro_serve import CheckpointError, convert, load_packed
+from maskpro_serve.checkpoint import check_checkpoint
+
+LAYER = "model.layers.1.mlp.up_proj"
+
+
+@pytest.fixture
+def packed(tiny, tmp_path):
+    """A copy of the packed tiny model, to damage."""
+    return shutil.copytree(tiny["packed"], tmp_path / "packed")
+
+
+def edit(folder, change) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def edit_config(folder, **changes) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= changes
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_unpacks_to_the_pruned_weights_bit_for_bit(tiny):
+    config, weights = load_packed(tiny["packed"])
+    pruned = load_file(tiny["pruned"] / "model.safetensors")
+    assert config["quantization_config"]["pattern"] == "2:4"
+    assert weights.keys() == pruned.keys()
+    for name, weight in weights.items():
+        dense = unpack(weight) if isinstance(weight, NMWeight) else weight
+        assert torch.equal(dense + 0.0, pruned[name] + 0.0), name
+    sparse = [weight for weight in weights.values() if isinstance(weight, NMWeight)]
+    assert len(sparse) == 3 * 7
+    assert sum(w.nbytes for w in sparse) == 0.5625 * sum(w.dense_nbytes for w in sparse)
+
+
+def test_zeros_are_a_mask(tiny, tmp_path):
+    report = convert(tiny["pruned"], tmp_path / "out", pattern=read_masks(tiny["mask"]).pattern)
+    assert len(report.packed) == 21
+    assert not report.dense
+    before, after = load_packed(tiny["packed"])[1], load_packed(tmp_path / "out")[1]
+    for name, weight in before.items():
+        if isinstance(weight, NMWeight):
+            assert torch.equal(unpack(weight) + 0.0, unpack(after[name]) + 0.0)
+
+
+def test_a_dense_model_without_mask_is_not_pruned(tiny, tmp_path):
+    with pytest.raises(CheckpointError, match="no linear satisfies 2:4"):
+        convert(tiny["dense"], tmp_path / "out", pattern=read_masks(tiny["mask"]).pattern)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_output_is_left_alone(tiny, tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(FileExistsError, match="already exists"):
+        convert(tiny["dense"], tmp_path / "out", mask=tiny["mask"])
+
+
+def test_a_mask_of_another_model_is_refused_before_writing(tiny, tmp_path):
+    masks = read_masks(tiny["mask"])
+    renamed = {name.replace("layers.2", "layers.9"): mask for name, mask in masks.masks.items()}
+    write_masks(tmp_path / "mask", renamed, masks.pattern)
+    with pytest.raises(CheckpointError, match=r"layers\.9.*the model has no such weight"):
+        convert(tiny["dense"], tmp_path / "out", mask=tmp_path / "mask")
+    assert not (tmp_path / "out").exists()
+
+
+DAMAGES = {
+    "a bitmask with 3 of 4": (
+        lambda t: t[f"{LAYER}.bitmask"].__setitem__((5, 2), t[f"{LAYER}.bitmask"][5, 2] | 0x0F),
+        rf"{LAYER}.bitmask: mask is not strictly 2:4: row 5, group 4 \(columns 16 to 19\) keeps 4 of 4",
+    ),
+    "a shape that disagrees": (
+        lambda t: t.__setitem__(f"{LAYER}.shape", torch.tensor([[192], [64]])),
+        rf"{LAYER}.compressed: expected shape \(192, 32\) .* found \(192, 64\)",
+    ),
+    "a shape no group divides": (
+        lambda t: t.__setitem__(f"{LAYER}.shape", torch.tensor([[192], [-2]])),
+        rf"{LAYER}.shape: \(192, -2\) is no shape",
+    ),
+    "a missing part": (lambda t: t.pop(f"{LAYER}.bitmask"), rf"tensor {LAYER}.bitmask is missing"),
+    "a wrong dtype": (
+        lambda t: t.__setitem__(f"{LAYER}.bitmask", t[f"{LAYER}.bitmask"].to(torch.int64)),
+        rf"{LAYER}.bitmask: expected torch.uint8, found torch.int64",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_tensors_are_named(packed, damage):
+    change, message = DAMAGES[damage]
+    edit(packed, change)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        check_checkpoint(packed, contents=True)
+    assert str(packed) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format_version": 2}, "format_version: expected 1, found 2; it was written by a newer maskpro-serve"),
+        ({"format_version": None}, "format_version: expected 1, found None"),
+        ({"pattern": "2:5"}, "pattern: .*m must be one of"),
+        ({"pattern": "many"}, "unknown sparsity pattern 'many'"),
+        ({"format": "zip"}, "format: expected 'nm-bitmask', found 'zip'"),
+        ({"ignore": "lm_head"}, "ignore: expected a list"),
+    ],
+)
+def test_a_wrong_quantization_config_is_named(packed, changes, message):
+    edit_config(packed, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        check_checkpoint(packed, contents=False)
+
+
+def test_truncated_and_missing_files_are_named(packed, tmp_path):
+    weights = packed / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: truncated"):
+        check_checkpoint(packed, contents=False)
+    weights.unlink()
+    with pytest.raises(CheckpointError, match="neither model.safetensors nor"):
+        check_checkpoint(packed, contents=False)
+    with pytest.raises(CheckpointError, match="no such folder"):
+        load_packed(tmp_path / "nowhere")
+    (packed / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="not readable JSON"):
+        load_packed(packed)
+
+
+def test_an_index_cannot_point_outside(packed):
+    index = {"weight_map": {"a": "../../etc/passwd"}}
+    (packed / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="expected a file name"):
+        check_checkpoint(packed, contents=False)

@@ -1,0 +1,104 @@
+"""The commands as a user runs them: one sentence on stderr for bad input, exit code 2, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from conftest import run_python
+
+from maskpro_serve import plugin
+from maskpro_serve.arguments import names_flag
+from maskpro_serve.cli import main
+from maskpro_serve.cpu_defaults import choose
+
+
+def one_sentence(captured, command: str) -> str:
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1, captured.err
+    assert lines[0].startswith(f"{command}: ")
+    return lines[0]
+
+
+def test_pack_command(tiny, tmp_path):
+    run = run_python(
+        "-m", "maskpro_serve.pack_cli", "--model", tiny["dense"], "--mask", tiny["mask"], "--output", tmp_path / "o"
+    )
+    assert run.returncode == 0, run.stderr
+    assert "21 linears packed 2:4" in run.stdout
+    assert "(0.5625)" in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model", "nowhere", "--pattern", "2:4"], "nowhere: no such folder"),
+        (["--model", "{dense}"], "--pattern must say"),
+        (["--model", "{dense}", "--pattern", "2:5"], "m must be one of"),
+        (["--model", "{dense}", "--mask", "nowhere"], "nowhere: no such mask file"),
+        (["--model", "{packed}", "--mask", "{mask}"], "expected a dense model, found a quantization_config"),
+    ],
+)
+def test_pack_refuses_in_one_sentence(tiny, tmp_path, capsys, flags, message):
+    from maskpro_serve.pack_cli import main as pack
+
+    flags = [flag.format(**tiny) for flag in flags]
+    assert pack([*flags, "--output", str(tmp_path / "out")]) == 2
+    assert message in one_sentence(capsys.readouterr(), "maskpro-pack")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_serve_refuses_a_missing_folder(capsys, tmp_path):
+    assert main(["--model", str(tmp_path / "nowhere")]) == 2
+    assert "no such folder" in one_sentence(capsys.readouterr(), "maskpro-serve")
+
+
+def test_serve_refuses_a_damaged_checkpoint(tiny, tmp_path, capsys):
+    folder = shutil.copytree(tiny["packed"], tmp_path / "packed")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["format_version"] = 7
+    (folder / "config.json").write_text(json.dumps(config))
+    assert main(["--model", str(folder)]) == 2
+    assert "format_version: expected 1, found 7" in one_sentence(capsys.readouterr(), "maskpro-serve")
+
+
+def test_serve_needs_a_model(capsys):
+    assert main(["--port", "8001"]) == 2
+    assert "--model is required" in one_sentence(capsys.readouterr(), "maskpro-serve")
+
+
+@pytest.mark.parametrize(
+    ("found", "supported"), [("0.25.9", False), ("0.26.0", True), ("0.33.1+cpu", True), ("0.34.0", False)]
+)
+def test_vllm_versions(monkeypatch, capsys, found, supported):
+    monkeypatch.setattr(plugin, "version", lambda name: found)
+    if supported:
+        assert plugin.check_vllm_version() == found
+    else:
+        assert main(["--model", "sparse-llama"]) == 2
+        assert f"vllm {found} is not supported" in one_sentence(capsys.readouterr(), "maskpro-serve")
+
+
+def test_register_is_idempotent():
+    run = run_python("-c", "from maskpro_serve.plugin import register as r; r(); r(); print('twice')")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip().endswith("twice")
+
+
+def test_cpu_defaults_yield_to_the_user():
+    machine = {"flags": frozenset({"avx2"}), "cores": [0, 1], "available_bytes": 20 << 30, "libraries": []}
+    chosen = choose([], {}, **machine)
+    assert chosen.environment == {"VLLM_CPU_OMP_THREADS_BIND": "0,1", "VLLM_CPU_KVCACHE_SPACE": "5"}
+    assert chosen.flags == ["--dtype", "float32", "--enforce-eager"]
+    assert len(chosen.reasons) == 4
+    user = ["--dtype=bfloat16", "--kv_cache_memory_bytes", "1G", "--no-enforce-eager"]
+    chosen = choose(user, {"VLLM_CPU_OMP_THREADS_BIND": "0"}, **machine)
+    assert (chosen.environment, chosen.flags) == ({}, [])
+    assert choose([], {}, **machine | {"flags": frozenset({"amx_bf16"})}).flags == ["--enforce-eager"]
+
+
+def test_names_flag_knows_both_spellings():
+    assert names_flag(["--served_model_name=x"], "--served-model-name")
+    assert names_flag(["--dtype", "auto"], "--dtype")
+    assert not names_flag(["--dtype-x"], "--dtype")

