@@ -70,7 +70,9 @@ class NMLinearRun {
           multiply_rows(row, group_end, tokens, panel, sums);
           store_rows(row, group_end, token, tokens, sums);
         }
+        if (rest > pass_tokens_) {
 #pragma omp barrier
+        }
       }
     }
     return MASKPRO_OK;

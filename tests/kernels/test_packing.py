@@ -65,6 +65,7 @@ def test_bits_round_trip_at_any_width(rows, columns, seed):
         assert torch.equal(count_bits(packed, group).long(), expected)
 
 
+@pytest.mark.golden
 def test_packed_bytes(golden):
     dense = torch.tensor([[0, 5, 0, -3, 1, 0, 0, 2], [7, -7, 7, 7, 0, 0, 0, 0]], dtype=torch.bfloat16)
     weight = pack(dense, NMPattern.parse("2:4"))

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 from vllm import LLM, SamplingParams
 
@@ -11,12 +12,13 @@ def main() -> None:
         model=sys.argv[1], dtype="float32", enforce_eager=True, skip_tokenizer_init=True, max_model_len=128,
         max_num_seqs=4, kv_cache_memory_bytes=64 << 20, enable_prefix_caching=False,
     )  # fmt: skip
-    prompts = [
-        {"prompt_token_ids": list(range(start, start + length))} for start, length in ((3, 5), (40, 33), (90, 1))
-    ]
+    spans = (range(3, 8), range(40, 73), range(90, 91))
+    prompts = [{"prompt_token_ids": list(span)} for span in spans]
     sampling = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True, detokenize=False)
     outputs = llm.generate(prompts, sampling, use_tqdm=False)
-    print(json.dumps([list(output.outputs[0].token_ids) for output in outputs]))
+    Path(sys.argv[2]).write_text(
+        json.dumps([list(output.outputs[0].token_ids) for output in outputs])
+    )  # vLLM prints on stdout
 
 
 if __name__ == "__main__":

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 
 
 def run_python(*arguments: object, timeout: int = 300) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=timeout)
-
-
-def last_json(output: str) -> object:
-    return json.loads(output.strip().splitlines()[-1])

@@ -131,7 +131,7 @@ def test_truncated_and_missing_files_are_named(packed, tmp_path):
     with pytest.raises(CheckpointError, match=r"model\.safetensors: truncated"):
         check_checkpoint(packed, contents=False)
     weights.unlink()
-    with pytest.raises(CheckpointError, match="neither model.safetensors nor"):
+    with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor"):
         check_checkpoint(packed, contents=False)
     with pytest.raises(CheckpointError, match="no such folder"):
         load_packed(tmp_path / "nowhere")

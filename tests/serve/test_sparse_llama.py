@@ -11,18 +11,21 @@ from pathlib import Path
 import openai
 import pytest
 import torch
+from server import Server
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from maskpro_kernels import NMWeight, unpack
 from maskpro_serve import load_packed
 from maskpro_serve.models import ModelBuildError, build_alias, resolve_model
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "loadtests"))
-from server import Server
-
 pytestmark = pytest.mark.timeout(900)
 
-BUILD = "import sys; from pathlib import Path; from maskpro_serve.models import build_alias; print(build_alias(sys.argv[1], Path(sys.argv[2])))"
+BUILD = """
+import sys
+from pathlib import Path
+from maskpro_serve.models import build_alias
+print(build_alias(sys.argv[1], Path(sys.argv[2])))
+"""
 
 
 def start_build(alias: str, cache: Path) -> subprocess.Popen[str]:

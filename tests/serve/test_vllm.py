@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import last_json, run_python
+from processes import run_python
 from transformers import AutoModelForCausalLM
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
@@ -16,22 +16,28 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 GREEDY = Path(__file__).parent / "greedy.py"
 
 
-def greedy(folder: Path) -> list[list[int]]:
-    run = run_python(GREEDY, folder)
-    assert run.returncode == 0, run.stderr[-3000:]
-    return last_json(run.stdout)
+@pytest.fixture
+def greedy(tmp_path):
+    """Runs vLLM on a model folder, in processes of its own."""
+
+    def run(folder: Path) -> list[list[int]]:
+        output = tmp_path / f"{folder.name}.json"
+        finished = run_python(GREEDY, folder, output)
+        assert finished.returncode == 0, finished.stderr[-3000:]
+        return json.loads(output.read_text())
+
+    return run
 
 
-def test_packed_equals_its_unpacked_twin(tiny):
+def test_packed_equals_its_unpacked_twin(tiny, greedy):
     packed = greedy(tiny["packed"])
     assert packed == greedy(tiny["pruned"])
     assert len({token for row in packed for token in row}) > 5  # not one token over and over
     # The same weights run by transformers.
     model = AutoModelForCausalLM.from_pretrained(tiny["pruned"], dtype=torch.float32)
     ids = torch.arange(40, 73).unsqueeze(0)
-    expected = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, min_new_tokens=24, do_sample=False
-    )
+    length = {"max_new_tokens": 24, "min_new_tokens": 24}
+    expected = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, **length)
     # min_new_tokens forbids the end token, which vLLM may choose: compare up to its first appearance.
     tokens = packed[1][: packed[1].index(2)] if 2 in packed[1] else packed[1]
     assert tokens == expected[0, 33 : 33 + len(tokens)].tolist()
@@ -42,9 +48,8 @@ def test_a_damaged_checkpoint_stops_the_engine_with_our_sentence(tiny, tmp_path)
     config = json.loads((folder / "config.json").read_text())
     config["intermediate_size"] = 256
     (folder / "config.json").write_text(json.dumps(config))
-    run = run_python(GREEDY, folder)
+    run = run_python(GREEDY, folder, tmp_path / "tokens.json")
     assert run.returncode != 0
-    assert (
-        "gate_up_proj.compressed: expected shape (256, 64) from the model's config.json, found (192, 64)"
-        in run.stderr + run.stdout
-    )
+    output = run.stderr + run.stdout
+    assert "gate_up_proj.compressed: expected shape (256, 64) from the model's config.json" in output
+    assert "found (192, 64) in the checkpoint" in output
