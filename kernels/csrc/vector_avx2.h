@@ -29,7 +29,7 @@ struct Avx2 {
   using Vec = __m256;
   static constexpr int kLanes = 8;
   static constexpr int kTileTokens = 3;     // 3 tokens x 4 rows = 12 of 16 registers hold sums
-  static constexpr int kDirectTokens = 9;   // measured: beyond this a panel is faster
+  static constexpr int kDirectTokens = 9;     // measured: beyond this a panel is faster
 
   // Whether every byte of bitmask keeps the same number of weights, at most four: then the upper half
   // of the loaded values can be zero, and lane 7 serves the empty lanes without a blend.
