@@ -2,9 +2,10 @@
 
     python loadtests/decode_speed.py [--rounds 8] [--tokens 96] [--json FILE]
 
-All servers are up at once and idle but for the one that is asked, in turn, so that a drift of the machine
-meets them alike. Tokens per second are counted from the first streamed token to the last, so prefill is
-not in them. Before timing, every server must give the same tokens twice.
+All servers are up at once, so that a drift of the machine meets them alike. They are asked in turn, each
+after vLLM's processes have gone from busy-waiting to sleep. Tokens per second are counted from the first
+streamed token to the last, so prefill is not in them. Before timing, every server must give the same tokens
+twice.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from server import Server
 
 PROMPT = "The history of the lighthouse begins"
 DENSE_DTYPES = ("float32", "bfloat16")
+IDLE_SECONDS = 2.0
+"""vLLM's engine spins for a second after its last message; two servers spinning would share two cores with a third."""
 
 
 def ask(server: Server, model: str, tokens: int) -> tuple[str, float]:
@@ -84,6 +87,7 @@ def main() -> None:
                 raise SystemExit(f"{name}: greedy decoding gave two different answers")
         for _ in range(arguments.rounds):
             for name, server in servers.items():
+                time.sleep(IDLE_SECONDS)
                 speeds[name].append(ask(server, runs[name][1], arguments.tokens)[1])
     finally:
         for server in servers.values():

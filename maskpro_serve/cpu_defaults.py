@@ -93,9 +93,10 @@ def choose(
     if not names_flag(arguments, "--dtype") and not has_native_bf16(flags):
         extra += ["--dtype", "float32"]
         reasons.append("--dtype float32  (activations; no bfloat16 matrix unit here, weights keep their own dtype)")
-    if not any(names_flag(arguments, f) for f in ("--enforce-eager", "--no-enforce-eager", "--compilation-config")):
-        extra.append("--enforce-eager")
-        reasons.append("--enforce-eager  (ready in seconds, not minutes; --no-enforce-eager compiles)")
+    # Compiled decoding is worth its start-up (README), but vLLM cannot load its own ahead-of-time artefact
+    # back on CPU ("'function' object has no attribute 'finalize_loading'") and compiles again at every start;
+    # without that artefact a later start finds Inductor's cache.
+    default_environment("VLLM_USE_AOT_COMPILE", "0", "later starts reuse the compiled model")
     if libraries:
         default_environment("LD_PRELOAD", ":".join(map(str, libraries)), "faster OpenMP and allocation")
     return Defaults(chosen, extra, reasons)

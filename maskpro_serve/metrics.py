@@ -59,9 +59,9 @@ class LayerTally:
     def _report(self) -> None:
         layers = ", ".join(f"{count} on {backend}" for backend, count in sorted(self._backends.items()))
         logger.info(
-            "maskpro: %s linear layers %s; %.1f MB packed, %.4f of their dense bytes",
-            layers,
+            "maskpro: %s linear layers: %s; %.1f MB packed, %.4f of their dense bytes",
             self.pattern,
+            layers,
             self._packed_bytes / 1e6,
             self._packed_bytes / self._dense_bytes,
         )

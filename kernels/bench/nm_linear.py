@@ -1,167 +1,176 @@
-"""Times nm_linear against dense linears of the same shape, in one run.
+"""Times ``nm_linear`` against dense torch, on weights that come from memory.
 
-    python kernels/bench/nm_linear.py [--tokens 1 2 4 ...] [--shapes 4096x4096 ...] [--pattern 2:4] [--json FILE]
+    python kernels/bench/nm_linear.py --tokens 1 8 64 --shapes 4096x4096 --pattern 2:4 --json result.json
 
-Weights rotate among copies whose sizes add up to more than the last-level cache, so that every call reads its
-weight from memory, as a model's layers do. The limit is printed first: read bandwidth, measured in this run
-over a buffer as large. Rivals are timed in turn, A B A B, medians of their rounds. Correctness is asserted
-against float64 before anything is timed.
+Every way to multiply is first checked against the float64 reference, then timed A B C A B C. A ratio is one
+of medians of the same run. GB/s counts the bytes of the packed weight, so it is near the bandwidth above the
+table where reading weights is what takes the time, and falls where arithmetic does.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
+from bandwidth import Bandwidth, read_bandwidth
+from machine import Machine, this_machine
+from rivals import OURS, Rival, check, rivals
 
-from maskpro_kernels import NMPattern, NMWeight, nm_linear, pack, unpack
+from maskpro_kernels import NMPattern
 from maskpro_kernels.support import select_backend
 
-SHAPES = ("4096x4096", "11008x4096", "4096x11008")
-TOKENS = (1, 2, 4, 8, 16, 32)
-CACHE_BYTES = 600 << 20
-"""Bytes that a rotation covers: more than twice the largest last-level cache this was run on (260 MB)."""
+DENSE_F32 = "torch float32"
+HOPELESS = 4.0
+"""A rival that takes this many times the fastest one's time is not timed again: it cannot be the best."""
 
 
-def rotation(nbytes: int) -> int:
-    """How many copies of a weight make a rotation."""
-    return max(2, -(-CACHE_BYTES // nbytes))
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one rival: the median of ``rounds``, and its quartiles."""
+
+    median: float
+    lower: float
+    upper: float
+    rounds: int
 
 
-def read_bandwidth() -> float:
-    """Bytes per second of reading memory: the best of dot products of long float32 vectors (MKL, all threads)."""
-    vectors = torch.ones((2, CACHE_BYTES // 8))
-    times = []
-    for _ in range(7):
-        begin = time.perf_counter()
-        torch.dot(vectors[0], vectors[1])
-        times.append(time.perf_counter() - begin)
-    return vectors.nbytes / min(times)
+@dataclass(frozen=True)
+class Row:
+    """One shape at one number of tokens. ``timings`` holds the rivals that were not hopeless."""
+
+    shape: tuple[int, int]
+    tokens: int
+    weight_bytes: int
+    gb_per_s: float
+    share_of_bandwidth: float
+    speedup_over_torch_f32: float
+    speedup_over_best_dense: float
+    best_dense: str
+    timings: dict[str, Timing]
 
 
-def median_times(runs: dict[str, Callable[[int], Tensor]], rounds: int) -> dict[str, list[float]]:
-    """Seconds per call of each run, in turn; every call takes the next copy of its weight."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for name, run in runs.items():
-        run(0)  # scratch, packing caches and threads are there before timing
-        times[name] = []
-    for step in range(1, rounds + 1):
-        for name, run in runs.items():
-            begin = time.perf_counter()
-            run(step)
-            times[name].append(time.perf_counter() - begin)
-    return times
+def measure(found: list[Rival], x: torch.Tensor, seconds: float) -> dict[str, Timing]:
+    """Times every rival in turn, for about ``seconds`` in all and at least five rounds."""
+    inputs = {rival.name: x.to(rival.dtype) for rival in found}
+    first = {rival.name: min(_time(rival, inputs[rival.name]) for _ in range(2)) for rival in found}
+    limit = HOPELESS * min(first.values())
+    timed = [rival for rival in found if first[rival.name] <= limit or rival.name in (OURS, DENSE_F32)]
+    rounds = max(5, min(101, int(seconds / sum(first[rival.name] for rival in timed))))
+    samples: dict[str, list[float]] = {rival.name: [] for rival in timed}
+    for _ in range(rounds):
+        for rival in timed:
+            samples[rival.name].append(_time(rival, inputs[rival.name]))
+    return {name: _summary(times) for name, times in samples.items()}
 
 
-def check(x: Tensor, y: Tensor, dense: Tensor) -> None:
-    """float32 sums: |error| <= gamma_k |x||W| (Higham 2002, 3.1), with k the longest sum."""
-    exact = x.double() @ dense.double().T
-    k = dense.shape[1] * torch.finfo(torch.float32).eps / 2
-    bound = k / (1 - k) * (x.double().abs() @ dense.double().abs().T)
-    assert ((y.double() - exact).abs() <= bound).all(), "nm_linear is wrong: not timed"
+def _time(rival: Rival, x: torch.Tensor) -> float:
+    start = time.perf_counter()
+    rival.run(x)
+    return time.perf_counter() - start
 
 
-def measure(
-    shape: str, tokens: Sequence[int], pattern: NMPattern, bandwidth: float, rounds: int
-) -> Iterator[dict[str, Any]]:
-    """The rows of one weight shape."""
-    out_features, in_features = (int(size) for size in shape.split("x"))
-    generator = torch.Generator().manual_seed(0)
-    dense = torch.randn((out_features, in_features), generator=generator).bfloat16()
-    packed = pack(dense, pattern)
-    x = torch.randn((4, in_features), generator=generator)
-    check(x, nm_linear(x, packed), unpack(packed))
-
-    sparse = [replace(packed, values=packed.values.clone()) for _ in range(rotation(packed.nbytes))]
-    full = [dense.float() for _ in range(rotation(2 * dense.nbytes))]
-    half = [dense.clone() for _ in range(rotation(dense.nbytes))]
-    for count in tokens:
-        x = torch.randn((count, in_features), generator=generator)
-        yield _row(shape, x, packed.nbytes, median_times(_runs(x, sparse, full, half), rounds), bandwidth)
+def _summary(times: list[float]) -> Timing:
+    lower, median, upper = statistics.quantiles(times, n=4)
+    return Timing(median, lower, upper, len(times))
 
 
-def _runs(
-    x: Tensor, sparse: list[NMWeight], full: list[Tensor], half: list[Tensor]
-) -> dict[str, Callable[[int], Tensor]]:
-    """Each rival at its own dtype, on the copy of the weight whose turn it is."""
-    x_half = x.bfloat16()
-    return {
-        "sparse": lambda i: nm_linear(x, sparse[i % len(sparse)]),
-        "torch f32": lambda i: torch.nn.functional.linear(x, full[i % len(full)]),
-        "torch bf16": lambda i: torch.nn.functional.linear(x_half, half[i % len(half)]),
-    }
+def row(shape: tuple[int, int], tokens: int, nbytes: int, timings: dict[str, Timing], bandwidth: Bandwidth) -> Row:
+    ours = timings[OURS].median
+    best = min((name for name in timings if name != OURS), key=lambda name: timings[name].median)
+    return Row(
+        shape=shape,
+        tokens=tokens,
+        weight_bytes=nbytes,
+        gb_per_s=nbytes / ours / 1e9,
+        share_of_bandwidth=nbytes / ours / 1e9 / bandwidth.gb_per_s,
+        speedup_over_torch_f32=timings[DENSE_F32].median / ours,
+        speedup_over_best_dense=timings[best].median / ours,
+        best_dense=best,
+        timings=timings,
+    )
 
 
-def _row(shape: str, x: Tensor, nbytes: int, times: dict[str, list[float]], bandwidth: float) -> dict[str, Any]:
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    seconds = {name: {"median": medians[name], "min": min(t), "max": max(t)} for name, t in times.items()}
-    rate = nbytes / medians["sparse"]
-    return {
-        "shape": shape,
-        "tokens": len(x),
-        "seconds": seconds,
-        "gb_per_s": rate / 1e9,
-        "share_of_bandwidth": rate / bandwidth,
-        "vs_torch_f32": medians["torch f32"] / medians["sparse"],
-        "vs_best_dense": min(medians["torch f32"], medians["torch bf16"]) / medians["sparse"],
-    }
+HEADER = (
+    f"{'out x in':>13} {'tokens':>6} {'median':>10} {'quartiles':>17} {'GB/s':>6} {'of read':>7} "
+    f"{'x torch f32':>11} {'x best dense':>12}"
+)
 
 
-def machine() -> dict[str, object]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
+def line(result: Row) -> str:
+    ours = result.timings[OURS]
+    quartiles = f"{ours.lower * 1e3:>7.2f} .. {ours.upper * 1e3:<6.2f}"
+    return (
+        f"{result.shape[0]:>6} x {result.shape[1]:<5}{result.tokens:>6} {ours.median * 1e3:>7.2f} ms "
+        f"{quartiles} {result.gb_per_s:>6.1f} {result.share_of_bandwidth:>7.0%} "
+        f"{result.speedup_over_torch_f32:>11.2f} {result.speedup_over_best_dense:>12.2f}  ({result.best_dense})"
+    )
+
+
+def shape(text: str) -> tuple[int, int]:
+    rows, _, columns = text.partition("x")
+    return int(rows), int(columns)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128, 512])
+    parser.add_argument("--shapes", type=shape, nargs="+", default=[(4096, 4096), (11008, 4096), (4096, 11008)])
+    parser.add_argument("--pattern", type=NMPattern.parse, default=NMPattern(2, 4))
+    parser.add_argument("--weights", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seconds", type=float, default=4.0, help="per shape and number of tokens (default: 4)")
+    parser.add_argument("--json", type=Path, help="also write everything here")
+    return parser.parse_args()
+
+
+def set_bytes(machine: Machine) -> int:
+    """Twice the last-level cache, unless the five sets of copies would then take over half the memory."""
+    return min(2 * machine.last_level_cache, machine.memory_available // 10)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="OUTxIN")
-    parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
-    parser.add_argument("--pattern", type=NMPattern.parse, default=NMPattern(2, 4))
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
+    arguments = parse_arguments()
     torch.set_num_threads(arguments.threads)
-    torch.set_grad_enabled(False)
-
-    backend = select_backend(arguments.pattern, torch.float32, torch.bfloat16, "cpu").name
-    bandwidth = read_bandwidth()
-    limit = 32 / arguments.pattern.bits_per_weight(torch.bfloat16)
-    print(f"{machine()}; {backend}, {arguments.pattern} bfloat16 weights, float32 activations")
-    print(f"read bandwidth {bandwidth / 1e9:.1f} GB/s; limit by bytes: {limit:.2f}x f32, {limit / 2:.2f}x bf16\n")
-    print("| weight | tokens | time ms | GB/s | of bandwidth | vs torch f32 | vs best dense |")
-    print("|---|---|---|---|---|---|---|")
-    rows = []
-    for shape in arguments.shapes:
-        for row in measure(shape, arguments.tokens, arguments.pattern, bandwidth, arguments.rounds):
-            rows.append(row)
-            milliseconds = 1e3 * row["seconds"]["sparse"]["median"]
-            print(
-                f"| {shape} | {row['tokens']} | {milliseconds:.2f} | {row['gb_per_s']:.1f} "
-                f"| {row['share_of_bandwidth']:.0%} | {row['vs_torch_f32']:.2f} | {row['vs_best_dense']:.2f} |",
-                flush=True,
-            )
+    machine = this_machine()
+    weights: torch.dtype = getattr(torch, arguments.weights)
+    size = set_bytes(machine)
+    bandwidth = read_bandwidth(size)
+    kernel = select_backend(arguments.pattern, torch.float32, weights, "cpu").name
+    print(machine, bandwidth, sep="\n")
+    print(
+        f"{kernel}, {arguments.pattern} of {arguments.weights}, float32 activations; every rival walks through "
+        f"copies of its weight that fill {size / 1e9:.2f} GB, {size / machine.last_level_cache:.1f} x the cache\n"
+    )
+    print(HEADER)
+    generator = torch.Generator().manual_seed(0)
+    results = []
+    for rows, columns in arguments.shapes:
+        weight, found = rivals(rows, columns, arguments.pattern, weights, size, generator)
+        for tokens in arguments.tokens:
+            x = torch.randn((tokens, columns), generator=generator)
+            for rival in found:
+                check(rival, x[:8], weight)
+            check(found[0], x, weight)
+            timings = measure(found, x, arguments.seconds)
+            results.append(row((rows, columns), tokens, weight.nbytes, timings, bandwidth))
+            print(line(results[-1]), flush=True)
     if arguments.json:
-        report = {"command": " ".join(sys.argv), "machine": machine(), "backend": backend,
-                  "pattern": str(arguments.pattern), "read_bandwidth": bandwidth, "rows": rows}  # fmt: skip
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        report = {
+            "command": sys.argv,
+            "machine": asdict(machine),
+            "bandwidth": asdict(bandwidth),
+            "kernel": kernel,
+            "pattern": str(arguments.pattern),
+            "weights": arguments.weights,
+            "set_bytes": size,
+            "results": [asdict(result) for result in results],
+        }
         arguments.json.write_text(json.dumps(report, indent=2) + "\n")
 
 

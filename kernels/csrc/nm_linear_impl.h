@@ -1,7 +1,7 @@
 // nm_linear for one instruction set: cuts the work into threads, row panels, column blocks and tiles.
 //
 //   for every kPassTokens tokens                    bounds the working memory
-//     convert the activations to float32 blocks     shared by all threads
+//     convert the activations to float32 blocks, shared by all threads
 //     few tokens: for every kPanelRows rows of this thread
 //       tiles straight from the packed weight
 //       add the bias, round, store
@@ -46,6 +46,9 @@ class NMLinearRun {
     float* scratch = thread_scratch(x_floats + call_.threads * thread_floats);
     if (scratch == nullptr) return MASKPRO_NO_MEMORY;
     x_ = scratch;
+    const bool direct = is_direct(call_.tokens);
+    // A few tokens are converted faster than threads meet at a barrier.
+    if (direct) convert_x(0, call_.tokens, 0, 1);
 #pragma omp parallel num_threads(call_.threads)
     {
       // The runtime may grant fewer threads than asked.
@@ -63,8 +66,10 @@ class NMLinearRun {
       for (int64_t token = 0; token < call_.tokens; token += pass_tokens_) {
         const int64_t rest = call_.tokens - token;
         const int64_t tokens = rest < pass_tokens_ ? rest : pass_tokens_;
-        convert_x(token, tokens, thread, threads);
+        if (!direct) {
+          convert_x(token, tokens, thread, threads);
 #pragma omp barrier
+        }
         for (int64_t row = row_begin; row < row_end; row += group_rows_) {
           const int64_t group_end = row_end - row < group_rows_ ? row_end : row + group_rows_;
           multiply_rows(row, group_end, tokens, panel, sums);
@@ -80,6 +85,7 @@ class NMLinearRun {
 
  private:
   using Vec = typename Isa::Vec;
+  static constexpr int64_t kStepColumns = Isa::kLanes * Isa::kStepVectors;
 
   // Decided by the whole call, so that its last, shorter pass goes the same way.
   static bool is_direct(int64_t tokens) { return tokens <= Isa::kDirectTokens; }
@@ -109,16 +115,30 @@ class NMLinearRun {
       const int64_t t = piece % tokens;
       const int64_t column = block * kBlockColumns;
       const int64_t rest = call_.in_features - column;
-      convert(x + (token + t) * call_.in_features + column, rest < kBlockColumns ? rest : kBlockColumns,
-              x_block(block, tokens) + t * kBlockStride);
+      const int64_t count = rest < kBlockColumns ? rest : kBlockColumns;
+      const Act* from = x + (token + t) * call_.in_features + column;
+      float* to = x_block(block, tokens) + t * kBlockStride;
+      if (Isa::kEvenOddBF16 && call_.weight_dtype == MASKPRO_BF16) {
+        convert<Isa::kEvenOddBF16>(from, count, to);
+      } else {
+        convert<false>(from, count, to);
+      }
     }
   }
 
-  template <class Act>
-  static void convert(const Act* from, int64_t count, float* to) {
-    int64_t i = 0;
-    for (; i + Isa::kLanes <= count; i += Isa::kLanes) Isa::store(to + i, Isa::load(from + i));
-    if (i < count) Isa::store(to + i, load_partial(from + i, count - i));
+  // Writes `count` floats, and zeros up to a whole step.
+  template <bool kEvenOdd, class Element>
+  static void convert(const Element* from, int64_t count, float* to) {
+    for (int64_t column = 0; column < count; column += kStepColumns) {
+      Vec v[Isa::kStepVectors];
+      for (int i = 0; i < Isa::kStepVectors; ++i) {
+        const int64_t rest = count - column - i * Isa::kLanes;
+        const Element* p = from + column + i * Isa::kLanes;
+        v[i] = rest >= Isa::kLanes ? Isa::load(p) : rest > 0 ? load_partial(p, rest) : Isa::zero();
+      }
+      if constexpr (kEvenOdd) Isa::part_even_odd(v);
+      for (int i = 0; i < Isa::kStepVectors; ++i) Isa::store(to + column + i * Isa::kLanes, v[i]);
+    }
   }
 
   template <class Element>
@@ -171,10 +191,10 @@ class NMLinearRun {
   template <class Packed>
   void multiply_panel(int64_t row, int64_t row_end, int64_t block, int64_t tokens, float* panel,
                       float* sums) const {
-    int64_t vectors = 0;
+    int64_t steps = 0;
     for (int64_t tile = row; tile < row_end; tile += kTileRows) {
       const Packed packed(call_, tile, row_end, block);
-      vectors = packed.vectors();
+      steps = packed.steps();
       expand_tile<Isa>(packed, panel + (tile - row) * kBlockStride);
     }
     // Tokens outside, rows inside: the few tokens stay in L1 while the panel streams from L2.
@@ -183,7 +203,7 @@ class NMLinearRun {
       const int64_t some = rest < Isa::kTileTokens ? rest : Isa::kTileTokens;
       const float* x = x_block(block, tokens) + t * kBlockStride;
       for (int64_t r = 0; r < row_end - row; r += kTileRows) {
-        multiply_some<Isa::kTileTokens>(PanelRows<Isa>(panel + r * kBlockStride, vectors), x, some,
+        multiply_some<Isa::kTileTokens>(PanelRows<Isa>(panel + r * kBlockStride, steps), x, some,
                                         sums + t * kPanelRows + r);
       }
     }
@@ -216,7 +236,7 @@ class NMLinearRun {
   }
 
   void store_panel(int64_t row, int64_t rows, int64_t token, int64_t tokens, const float* sums) const {
-    float bias[kPanelRows] = {};
+    float bias[kPanelRows + kStepColumns] = {};  // convert() writes whole steps
     if (call_.bias != nullptr) load_bias(row, rows, bias);
     const int64_t first = token * call_.out_features + row;
     switch (call_.act_dtype) {
@@ -232,11 +252,11 @@ class NMLinearRun {
   void load_bias(int64_t row, int64_t rows, float* bias) const {
     switch (call_.bias_dtype) {
       case MASKPRO_F32:
-        return convert(static_cast<const float*>(call_.bias) + row, rows, bias);
+        return convert<false>(static_cast<const float*>(call_.bias) + row, rows, bias);
       case MASKPRO_BF16:
-        return convert(static_cast<const BF16*>(call_.bias) + row, rows, bias);
+        return convert<false>(static_cast<const BF16*>(call_.bias) + row, rows, bias);
       default:
-        return convert(static_cast<const F16*>(call_.bias) + row, rows, bias);
+        return convert<false>(static_cast<const F16*>(call_.bias) + row, rows, bias);
     }
   }
 

@@ -28,11 +28,16 @@ constexpr int64_t kBlockStride = kBlockColumns + 16;
 // Rows of a panel: 48 x 4 KiB stays in L2 beside the sums.
 constexpr int64_t kPanelRows = 48;
 
-// Rows [row, row + 4) of the packed weight within one block of columns. Rows from `row_end` on repeat
-// the last one; their sums are never stored.
+// Columns whose weights are prefetched at once: a cache line of 2:4 bfloat16 values.
+constexpr int64_t kPrefetchColumns = 64;
+
+// Rows [row, row + 4) of the packed weight within one block of columns, walked in steps of
+// Isa::kStepVectors vectors. Rows from `row_end` on repeat the last one; their sums are never stored.
 template <class Isa, class Weight, bool kRegular>
 class PackedRows {
  public:
+  static constexpr int64_t kStepColumns = Isa::kLanes * Isa::kStepVectors;
+
   [[gnu::always_inline]] PackedRows(const NMLinear& call, int64_t row, int64_t row_end, int64_t block) {
     const int64_t column = block * kBlockColumns;
     const int64_t skipped = block * (static_cast<int32_t>(kBlockColumns) / call.m * call.n);
@@ -41,104 +46,132 @@ class PackedRows {
       values_[r] = static_cast<const Weight*>(call.values) + source * call.kept + skipped;
       bitmask_[r] = call.bitmask + source * call.mask_bytes + column / 8;
     }
-    step_ = kRegular ? Isa::kLanes / call.m * call.n : 0;
+    next_values_ = kTileRows * call.kept;
+    next_bitmask_ = kTileRows * call.mask_bytes;
+    values_per_step_ = kRegular ? kStepColumns / call.m * call.n : 0;
     const int64_t rest = call.in_features - column;
     const int64_t columns = rest < kBlockColumns ? rest : kBlockColumns;
-    whole_ = columns / Isa::kLanes;
-    vectors_ = (columns + Isa::kLanes - 1) / Isa::kLanes;
-    last_columns_ = columns % Isa::kLanes;
+    whole_ = columns / kStepColumns;
+    steps_ = (columns + kStepColumns - 1) / kStepColumns;
+    last_columns_ = columns % kStepColumns;
     const int64_t last = row + kTileRows < row_end ? row + kTileRows - 1 : row_end - 1;
-    safe_ = safe_vectors(call, (call.out_features - last) * call.kept - skipped);
+    safe_ = safe_steps(call, (call.out_features - last) * call.kept - skipped);
   }
 
-  int64_t vectors() const { return vectors_; }
-  // How many leading vectors expand() may load; the others need expand_exact().
+  int64_t steps() const { return steps_; }
+  // How many leading steps expand() may load; the others need expand_exact().
   int64_t safe() const { return safe_; }
 
-  template <class Vec>
-  [[gnu::always_inline]] void expand(int64_t vector, Vec (&w)[kTileRows]) {
+  // Rows are too short for the hardware to run ahead from one to the next, and it stops at pages: fetches
+  // the place of a step in the next four rows. (A prefetch past the end of a buffer is no access.)
+  [[gnu::always_inline]] void prefetch(int64_t step) const {
+    if (step % (kPrefetchColumns / kStepColumns) != 0) return;
 #pragma GCC unroll 4
     for (int r = 0; r < kTileRows; ++r) {
-      const uint32_t bits = Isa::bits(bitmask_[r], vector);
-      w[r] = Isa::template expand<kRegular>(values_[r] + vector * step_, bits);
+      const Weight* next = values_[r] + step * values_per_step_ + next_values_;
+      __builtin_prefetch(next, 0, 2);
+      if constexpr (sizeof(Weight) == 4) __builtin_prefetch(next + 16, 0, 2);
+      __builtin_prefetch(bitmask_[r] + step * kStepColumns / 8 + next_bitmask_, 0, 2);
+    }
+  }
+
+  // w[r][i] = vector i of the step in row r.
+  template <class Vec>
+  [[gnu::always_inline]] void expand(int64_t step, Vec (&w)[kTileRows][Isa::kStepVectors]) {
+#pragma GCC unroll 4
+    for (int r = 0; r < kTileRows; ++r) {
+      const uint32_t bits = Isa::bits(bitmask_[r], step);
+      Isa::template expand<kRegular>(values_[r] + step * values_per_step_, bits, w[r]);
       if constexpr (!kRegular) values_[r] += Isa::count(bits);
     }
   }
 
   // As expand(), reading no byte that is not the weight's: near the end of a row or of the buffers.
   template <class Vec>
-  [[gnu::always_inline]] void expand_exact(int64_t vector, Vec (&w)[kTileRows]) {
+  [[gnu::always_inline]] void expand_exact(int64_t step, Vec (&w)[kTileRows][Isa::kStepVectors]) {
 #pragma GCC unroll 4
     for (int r = 0; r < kTileRows; ++r) {
-      const uint32_t bits = vector < whole_ ? Isa::bits(bitmask_[r], vector)
-                                            : Isa::last_bits(bitmask_[r], vector, last_columns_);
-      w[r] = Isa::expand_exact(values_[r] + vector * step_, bits);
+      const uint32_t bits =
+          step < whole_ ? Isa::bits(bitmask_[r], step) : Isa::last_bits(bitmask_[r], step, last_columns_);
+      Isa::expand_exact(values_[r] + step * values_per_step_, bits, w[r]);
       if constexpr (!kRegular) values_[r] += Isa::count(bits);
     }
   }
 
  private:
   // `available` values lie between the block's first and the end of the buffer. Within a group nothing
-  // is known but that it keeps n, hence the group a vector starts in is counted as consumed.
-  int64_t safe_vectors(const NMLinear& call, int64_t available) const {
+  // is known but that it keeps n, hence the group a step starts in is counted as consumed.
+  int64_t safe_steps(const NMLinear& call, int64_t available) const {
     available -= Isa::template kWindow<kRegular>;
     if (available >= call.kept) return whole_;
     const int64_t groups = available / call.n - 1;
     if (available < 0 || groups < 0) return 0;
-    const int64_t covered = groups * call.m / Isa::kLanes + 1;
+    const int64_t covered = groups * call.m / kStepColumns + 1;
     return covered < whole_ ? covered : whole_;
   }
 
   const Weight* values_[kTileRows];
   const uint8_t* bitmask_[kTileRows];
-  int64_t step_;
-  int64_t vectors_;
+  int64_t next_values_;
+  int64_t next_bitmask_;
+  int64_t values_per_step_;
+  int64_t steps_;
   int64_t whole_;
   int64_t last_columns_;
   int64_t safe_;
 };
 
-// Four consecutive rows of an expanded panel, whose rows are zero up to a whole vector.
+// Four consecutive rows of an expanded panel, whose rows are zero up to a whole step.
 template <class Isa>
 class PanelRows {
  public:
-  PanelRows(const float* rows, int64_t vectors) : rows_(rows), vectors_(vectors) {}
+  PanelRows(const float* rows, int64_t steps) : rows_(rows), steps_(steps) {}
 
-  int64_t vectors() const { return vectors_; }
-  int64_t safe() const { return vectors_; }
+  int64_t steps() const { return steps_; }
+  int64_t safe() const { return steps_; }
+
+  void prefetch(int64_t) const {}
 
   template <class Vec>
-  [[gnu::always_inline]] void expand(int64_t vector, Vec (&w)[kTileRows]) {
+  [[gnu::always_inline]] void expand(int64_t step, Vec (&w)[kTileRows][Isa::kStepVectors]) {
 #pragma GCC unroll 4
-    for (int r = 0; r < kTileRows; ++r) w[r] = Isa::load(rows_ + r * kBlockStride + vector * Isa::kLanes);
+    for (int r = 0; r < kTileRows; ++r) {
+      const float* row = rows_ + r * kBlockStride + step * Isa::kStepVectors * Isa::kLanes;
+#pragma GCC unroll 2
+      for (int i = 0; i < Isa::kStepVectors; ++i) w[r][i] = Isa::load(row + i * Isa::kLanes);
+    }
   }
   template <class Vec>
-  [[gnu::always_inline]] void expand_exact(int64_t vector, Vec (&w)[kTileRows]) {
-    expand(vector, w);
+  [[gnu::always_inline]] void expand_exact(int64_t step, Vec (&w)[kTileRows][Isa::kStepVectors]) {
+    expand(step, w);
   }
 
  private:
   const float* rows_;
-  int64_t vectors_;
+  int64_t steps_;
 };
 
 template <class Isa, int kTokens, class Vec>
-[[gnu::always_inline]] inline void multiply_vector(const Vec (&w)[kTileRows], const float* x,
-                                                   Vec (&sums)[kTokens][kTileRows]) {
+[[gnu::always_inline]] inline void multiply_step(const Vec (&w)[kTileRows][Isa::kStepVectors], const float* x,
+                                                 Vec (&sums)[kTokens][kTileRows]) {
+#pragma GCC unroll 2
+  for (int i = 0; i < Isa::kStepVectors; ++i) {
 #pragma GCC unroll 8
-  for (int t = 0; t < kTokens; ++t) {
-    const Vec xt = Isa::load(x + t * kBlockStride);
+    for (int t = 0; t < kTokens; ++t) {
+      const Vec xt = Isa::load(x + t * kBlockStride + i * Isa::kLanes);
 #pragma GCC unroll 4
-    for (int r = 0; r < kTileRows; ++r) sums[t][r] = Isa::fma(w[r], xt, sums[t][r]);
+      for (int r = 0; r < kTileRows; ++r) sums[t][r] = Isa::fma(w[r][i], xt, sums[t][r]);
+    }
   }
 }
 
 // sums[t][r] += rows[r] . x[t] over one block of columns.
 //
-//   x     [kTokens, kBlockStride], zero from the block's last column up to a whole vector
+//   x     [kTokens, kBlockStride], zero from the block's last column up to a whole step
 //   sums  [kTokens, kPanelRows], of which the first four columns are used
 template <class Isa, int kTokens, class Rows>
 [[gnu::noinline]] void multiply_tile(Rows rows, const float* x, float* sums) {
+  constexpr int64_t kStepColumns = Isa::kLanes * Isa::kStepVectors;
   using Vec = typename Isa::Vec;
   Vec acc[kTokens][kTileRows];
 #pragma GCC unroll 8
@@ -146,31 +179,38 @@ template <class Isa, int kTokens, class Rows>
 #pragma GCC unroll 4
     for (int r = 0; r < kTileRows; ++r) acc[t][r] = Isa::zero();
   }
-  Vec w[kTileRows];
-  for (int64_t vector = 0; vector < rows.safe(); ++vector) {
-    rows.expand(vector, w);
-    multiply_vector<Isa, kTokens>(w, x + vector * Isa::kLanes, acc);
+  Vec w[kTileRows][Isa::kStepVectors];
+  for (int64_t step = 0; step < rows.safe(); ++step) {
+    rows.prefetch(step);
+    rows.expand(step, w);
+    multiply_step<Isa, kTokens>(w, x + step * kStepColumns, acc);
   }
-  for (int64_t vector = rows.safe(); vector < rows.vectors(); ++vector) {
-    rows.expand_exact(vector, w);
-    multiply_vector<Isa, kTokens>(w, x + vector * Isa::kLanes, acc);
+  for (int64_t step = rows.safe(); step < rows.steps(); ++step) {
+    rows.expand_exact(step, w);
+    multiply_step<Isa, kTokens>(w, x + step * kStepColumns, acc);
   }
 #pragma GCC unroll 8
   for (int t = 0; t < kTokens; ++t) Isa::accumulate(sums + t * kPanelRows, acc[t]);
 }
 
-// Writes rows to a panel: [4, kBlockStride] float32.
+// Writes rows to a panel: [4, kBlockStride] float32, columns in the order of the steps' lanes.
 template <class Isa, class Rows>
 inline void expand_tile(Rows rows, float* panel) {
-  typename Isa::Vec w[kTileRows];
-  for (int64_t vector = 0; vector < rows.vectors(); ++vector) {
-    if (vector < rows.safe()) {
-      rows.expand(vector, w);
+  constexpr int64_t kStepColumns = Isa::kLanes * Isa::kStepVectors;
+  typename Isa::Vec w[kTileRows][Isa::kStepVectors];
+  for (int64_t step = 0; step < rows.steps(); ++step) {
+    if (step < rows.safe()) {
+      rows.prefetch(step);
+      rows.expand(step, w);
     } else {
-      rows.expand_exact(vector, w);
+      rows.expand_exact(step, w);
     }
 #pragma GCC unroll 4
-    for (int r = 0; r < kTileRows; ++r) Isa::store(panel + r * kBlockStride + vector * Isa::kLanes, w[r]);
+    for (int r = 0; r < kTileRows; ++r) {
+      float* to = panel + r * kBlockStride + step * kStepColumns;
+#pragma GCC unroll 2
+      for (int i = 0; i < Isa::kStepVectors; ++i) Isa::store(to + i * Isa::kLanes, w[r][i]);
+    }
   }
 }
 

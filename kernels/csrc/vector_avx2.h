@@ -28,19 +28,23 @@ struct ExpandTable {
 struct Avx2 {
   using Vec = __m256;
   static constexpr int kLanes = 8;
+  static constexpr int kStepVectors = 1;
   static constexpr int kTileTokens = 3;     // 3 tokens x 4 rows = 12 of 16 registers hold sums
-  static constexpr int kDirectTokens = 9;     // measured: beyond this a panel is faster
+  static constexpr int kDirectTokens = 9;  // measured: beyond this a panel is faster
 
   // Whether every byte of bitmask keeps the same number of weights, at most four: then the upper half
   // of the loaded values can be zero, and lane 7 serves the empty lanes without a blend.
   static bool regular(int32_t n, int32_t m) { return m <= kLanes && kLanes / m * n <= 4; }
 
+  // Whether the lanes of a step of bfloat16 weights are its even columns, then its odd ones.
+  static constexpr bool kEvenOddBF16 = false;
+
   // How many values expand() may read from where it is pointed.
   template <bool kRegular>
   static constexpr int kWindow = kRegular ? 4 : 8;
 
-  static uint32_t bits(const uint8_t* row, int64_t vector) { return row[vector]; }
-  static uint32_t last_bits(const uint8_t* row, int64_t vector, int64_t) { return row[vector]; }
+  static uint32_t bits(const uint8_t* row, int64_t step) { return row[step]; }
+  static uint32_t last_bits(const uint8_t* row, int64_t step, int64_t) { return row[step]; }
 
   static Vec zero() { return _mm256_setzero_ps(); }
   static Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
@@ -72,22 +76,22 @@ struct Avx2 {
   }
 
   template <bool kRegular, class Weight>
-  static Vec expand(const Weight* p, uint32_t bits) {
+  static void expand(const Weight* p, uint32_t bits, Vec (&w)[kStepVectors]) {
     const __m256i lanes = _mm256_load_si256(reinterpret_cast<const __m256i*>(kTable.lanes[bits]));
     if constexpr (kRegular) {
-      return _mm256_permutevar8x32_ps(load_low(p), lanes);
+      w[0] = _mm256_permutevar8x32_ps(load_low(p), lanes);
     } else {
       const Vec dealt = _mm256_permutevar8x32_ps(load(p), lanes);
-      return _mm256_blendv_ps(dealt, zero(), _mm256_castsi256_ps(lanes));
+      w[0] = _mm256_blendv_ps(dealt, zero(), _mm256_castsi256_ps(lanes));
     }
   }
 
   // As expand(), but reads only the values that the bits keep.
   template <class Weight>
-  static Vec expand_exact(const Weight* p, uint32_t bits) {
+  static void expand_exact(const Weight* p, uint32_t bits, Vec (&w)[kStepVectors]) {
     Weight values[kLanes] = {};
     memcpy(values, p, static_cast<size_t>(count(bits)) * sizeof(Weight));
-    return expand<false>(values, bits);
+    expand<false>(values, bits, w);
   }
 
   static int count(uint32_t bits) { return _mm_popcnt_u32(bits); }

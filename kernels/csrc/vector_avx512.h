@@ -1,12 +1,15 @@
 // Sixteen float32 lanes of AVX-512 (F, BW, DQ, VL, VBMI2) and BMI2.
 //
 // vpexpandw and vpexpandd (VBMI2, F) are the inverse of packing: they deal consecutive elements to the
-// lanes whose mask bit is set and zero the rest, so every N:M pattern costs the same.
+// lanes whose mask bit is set and zero the rest, so every N:M pattern costs the same. A step is 32
+// columns, the words of a register. Thirty-two bfloat16 become two vectors of float32 by a shift and an
+// AND, but the even columns and the odd: activations are then stored in that order.
 #ifndef MASKPRO_VECTOR_AVX512_H_
 #define MASKPRO_VECTOR_AVX512_H_
 
 #include <immintrin.h>
 #include <stdint.h>
+#include <string.h>
 
 #include "element_types.h"
 
@@ -15,25 +18,31 @@ namespace maskpro {
 struct Avx512 {
   using Vec = __m512;
   static constexpr int kLanes = 16;
+  static constexpr int kStepVectors = 2;
   static constexpr int kTileTokens = 6;     // 6 tokens x 4 rows = 24 of 32 registers hold sums
   static constexpr int kDirectTokens = 18;  // measured: beyond this a panel is faster
 
-  // Whether every vector of a row keeps the same number of weights, so that a row is walked by a
-  // constant step instead of by counting bits.
-  static bool regular(int32_t, int32_t m) { return m <= kLanes; }
+  // Whether the lanes of a step of bfloat16 weights are its even columns, then its odd ones.
+  static constexpr bool kEvenOddBF16 = true;
+
+  // Whether every step keeps the same number of weights, at most half: then a row is walked by a constant
+  // stride instead of by counting bits, and half a register of words is loaded.
+  static bool regular(int32_t n, int32_t m) { return 2 * n <= m; }
 
   // How many values expand() may read from where it is pointed.
   template <bool kRegular>
-  static constexpr int kWindow = kLanes;
+  static constexpr int kWindow = 2 * kLanes;
 
-  static uint32_t bits(const uint8_t* row, int64_t vector) {
-    const uint8_t* p = row + 2 * vector;
-    return p[0] | static_cast<uint32_t>(p[1]) << 8;
+  static uint32_t bits(const uint8_t* row, int64_t step) {
+    uint32_t bits;
+    memcpy(&bits, row + 4 * step, sizeof bits);
+    return bits;
   }
-
-  // The row's last bits, of which `count` are backed by memory.
-  static uint32_t last_bits(const uint8_t* row, int64_t vector, int64_t count) {
-    return count > 8 ? bits(row, vector) : row[2 * vector];
+  // The row's last bits: `count` of them, the others zero.
+  static uint32_t last_bits(const uint8_t* row, int64_t step, int64_t count) {
+    uint32_t bits = 0;
+    memcpy(&bits, row + 4 * step, static_cast<size_t>(count + 7) / 8);
+    return bits;
   }
 
   static Vec zero() { return _mm512_setzero_ps(); }
@@ -60,28 +69,35 @@ struct Avx512 {
     store256(p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, quiet), 16)));
   }
 
-  template <bool kRegular>
-  static Vec expand(const float* p, uint32_t bits) {
-    return _mm512_maskz_expand_ps(static_cast<__mmask16>(bits), load(p));
+  // Parts the 32 columns of a step, given as two vectors, into even and odd ones.
+  static void part_even_odd(Vec (&v)[kStepVectors]) {
+    const __m512i even = _mm512_add_epi32(lane_numbers(), lane_numbers());
+    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+    const Vec odds = _mm512_permutex2var_ps(v[0], odd, v[1]);
+    v[0] = _mm512_permutex2var_ps(v[0], even, v[1]);
+    v[1] = odds;
   }
-  template <bool kRegular>
-  static Vec expand(const BF16* p, uint32_t bits) {
-    return expand_bf16(load256(p), bits);
-  }
-  template <bool kRegular>
-  static Vec expand(const F16* p, uint32_t bits) {
-    return _mm512_cvtph_ps(_mm256_maskz_expand_epi16(static_cast<__mmask16>(bits), load256(p)));
+
+  template <bool kRegular, class Weight>
+  static void expand(const Weight* p, uint32_t bits, Vec (&w)[kStepVectors]) {
+    if constexpr (sizeof(Weight) == 4) {
+      w[0] = _mm512_maskz_expand_ps(static_cast<__mmask16>(bits), load(p));
+      w[1] = _mm512_maskz_expand_ps(static_cast<__mmask16>(bits >> 16), load(p + count(bits & 0xffff)));
+    } else {
+      widen(expand_words(load_words<kRegular>(p), bits), w, p);
+    }
   }
 
   // As expand(), but reads only the values that the bits keep.
-  static Vec expand_exact(const float* p, uint32_t bits) {
-    return _mm512_maskz_expandloadu_ps(static_cast<__mmask16>(bits), p);
-  }
-  static Vec expand_exact(const BF16* p, uint32_t bits) {
-    return expand_bf16(_mm256_maskz_loadu_epi16(first(_mm_popcnt_u32(bits)), p), bits);
-  }
-  static Vec expand_exact(const F16* p, uint32_t bits) {
-    return _mm512_cvtph_ps(_mm256_maskz_expandloadu_epi16(static_cast<__mmask16>(bits), p));
+  template <class Weight>
+  static void expand_exact(const Weight* p, uint32_t bits, Vec (&w)[kStepVectors]) {
+    if constexpr (sizeof(Weight) == 4) {
+      w[0] = _mm512_maskz_expandloadu_ps(static_cast<__mmask16>(bits), p);
+      w[1] = _mm512_maskz_expandloadu_ps(static_cast<__mmask16>(bits >> 16), p + count(bits & 0xffff));
+    } else {
+      const __mmask32 kept = _bzhi_u32(~0u, static_cast<uint32_t>(count(bits)));
+      widen(expand_words(_mm512_maskz_loadu_epi16(kept, p), bits), w, p);
+    }
   }
 
   static int count(uint32_t bits) { return _mm_popcnt_u32(bits); }
@@ -99,13 +115,31 @@ struct Avx512 {
  private:
   static __m256i load256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
   static void store256(void* p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
-  static __mmask16 first(int count) { return static_cast<__mmask16>((1u << count) - 1); }
 
-  // A bfloat16 is the upper half of a float32: deal the words to the odd positions, and no conversion
-  // is left to do.
-  static Vec expand_bf16(__m256i words, uint32_t bits) {
-    const __mmask32 upper_halves = _pdep_u32(bits, 0xaaaaaaaa);
-    return _mm512_castsi512_ps(_mm512_maskz_expand_epi16(upper_halves, _mm512_castsi256_si512(words)));
+  static __m512i lane_numbers() {
+    return _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  }
+
+  template <bool kRegular>
+  static __m512i load_words(const void* p) {
+    if constexpr (kRegular) return _mm512_castsi256_si512(load256(p));
+    return _mm512_loadu_si512(p);
+  }
+
+  // In place: with another destination, Zen 4 waits for that register's last value, eight cycles a time.
+  static __m512i expand_words(__m512i words, uint32_t bits) {
+    asm("vpexpandw %0, %0%{%1%}%{z%}" : "+v"(words) : "Yk"(static_cast<__mmask32>(bits)));
+    return words;
+  }
+
+  // A bfloat16 is the upper half of a float32.
+  static void widen(__m512i words, Vec (&w)[kStepVectors], const BF16*) {
+    w[0] = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+    w[1] = _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
+  }
+  static void widen(__m512i words, Vec (&w)[kStepVectors], const F16*) {
+    w[0] = _mm512_cvtph_ps(_mm512_castsi512_si256(words));
+    w[1] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(words, 1));
   }
 };
 

@@ -12,20 +12,22 @@ namespace maskpro {
 struct Portable {
   typedef float Vec __attribute__((vector_size(16)));
   static constexpr int kLanes = 4;
+  static constexpr int kStepVectors = 1;
   static constexpr int kTileTokens = 2;    // 2 tokens x 4 rows = 8 of 16 registers hold sums
   static constexpr int kDirectTokens = 2;  // measured: beyond this a panel is faster
 
   // Whether every nibble of bitmask keeps the same number of weights.
   static bool regular(int32_t, int32_t m) { return m == kLanes; }
 
+  // Whether the lanes of a step of bfloat16 weights are its even columns, then its odd ones.
+  static constexpr bool kEvenOddBF16 = false;
+
   // How many values expand() may read from where it is pointed.
   template <bool kRegular>
   static constexpr int kWindow = kLanes;
 
-  static uint32_t bits(const uint8_t* row, int64_t vector) {
-    return row[vector >> 1] >> (4 * (vector & 1)) & 15u;
-  }
-  static uint32_t last_bits(const uint8_t* row, int64_t vector, int64_t) { return bits(row, vector); }
+  static uint32_t bits(const uint8_t* row, int64_t step) { return row[step >> 1] >> (4 * (step & 1)) & 15u; }
+  static uint32_t last_bits(const uint8_t* row, int64_t step, int64_t) { return bits(row, step); }
 
   static Vec zero() { return Vec{}; }
   static Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
@@ -47,21 +49,21 @@ struct Portable {
 
   // No branch and no select: the bits are as good as random to a branch predictor.
   template <bool kRegular, class Weight>
-  static Vec expand(const Weight* p, uint32_t bits) {
+  static void expand(const Weight* p, uint32_t bits, Vec (&w)[kStepVectors]) {
     const uint32_t rank1 = bits & 1;
     const uint32_t rank2 = rank1 + (bits >> 1 & 1);
     const uint32_t rank3 = rank2 + (bits >> 2 & 1);
     const Vec dealt{to_float(p[0]), to_float(p[rank1]), to_float(p[rank2]), to_float(p[rank3])};
     const int32_t word = static_cast<int32_t>(bits);
     const Lanes kept = (Lanes{word, word, word, word} & Lanes{1, 2, 4, 8}) != 0;
-    return reinterpret_cast<Vec>(reinterpret_cast<Lanes>(dealt) & kept);
+    w[0] = reinterpret_cast<Vec>(reinterpret_cast<Lanes>(dealt) & kept);
   }
   // As expand(), but reads only the values that the bits keep.
   template <class Weight>
-  static Vec expand_exact(const Weight* p, uint32_t bits) {
+  static void expand_exact(const Weight* p, uint32_t bits, Vec (&w)[kStepVectors]) {
     Weight values[kLanes] = {};
     memcpy(values, p, static_cast<size_t>(count(bits)) * sizeof(Weight));
-    return expand<false>(values, bits);
+    expand<false>(values, bits, w);
   }
 
   static int count(uint32_t bits) {

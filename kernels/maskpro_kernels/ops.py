@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -37,6 +39,10 @@ def nm_linear(x: Tensor, weight: NMWeight, bias: Tensor | None = None) -> Tensor
     return torch.ops.maskpro.nm_linear(x, weight.values, weight.bitmask, bias, weight.pattern.n, weight.pattern.m)
 
 
+# Called for every linear of every step: a microsecond here is one per cent of a small model's token.
+_pattern = functools.cache(NMPattern)
+
+
 def _check(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, pattern: NMPattern) -> None:
     in_features = x.shape[-1]
     out_features = values.shape[0]
@@ -55,10 +61,10 @@ def _check(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, patt
 
 
 def _forward(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, n: int, m: int) -> Tensor:
-    pattern = NMPattern(n, m)
+    pattern = _pattern(n, m)
     _check(x, values, bitmask, bias, pattern)
     backend = select_backend(pattern, x.dtype, values.dtype, x.device.type)
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if backend.isa is None:
         y = nm_linear_reference(rows, values, bitmask, bias)
     else:
@@ -72,7 +78,7 @@ def _forward(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, n:
             backend.isa,
             torch.get_num_threads(),
         )
-    return y.reshape(*x.shape[:-1], values.shape[0])
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], values.shape[0])
 
 
 def _fake(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, n: int, m: int) -> Tensor:

@@ -62,19 +62,6 @@ BACKENDS = (
 _FAMILIES = ("auto", "cpu")
 
 
-def requested_kernel() -> str:
-    """The value of MASKPRO_KERNEL, ``auto`` if unset.
-
-    Raises:
-        ValueError: it names no backend; the message lists them.
-    """
-    name = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
-    known = (*_FAMILIES, *(b.name for b in BACKENDS))
-    if name not in known:
-        raise ValueError(f"{ENVIRONMENT_VARIABLE}={name!r} is unknown: expected one of {', '.join(known)}")
-    return name
-
-
 def select_backend(pattern: NMPattern, activation: torch.dtype, weight: torch.dtype, device: str) -> Backend:
     """The backend that runs ``nm_linear`` for these types, as MASKPRO_KERNEL asks.
 
@@ -88,11 +75,14 @@ def select_backend(pattern: NMPattern, activation: torch.dtype, weight: torch.dt
         UnsupportedKernelError: none covers them; the message says why for each candidate.
         ValueError: MASKPRO_KERNEL names no backend.
     """
-    return _select(requested_kernel(), pattern, activation, weight, device)
+    return _select(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), pattern, activation, weight, device)
 
 
 @functools.cache
 def _select(request: str, pattern: NMPattern, activation: torch.dtype, weight: torch.dtype, device: str) -> Backend:
+    known = (*_FAMILIES, *(b.name for b in BACKENDS))
+    if request not in known:
+        raise ValueError(f"{ENVIRONMENT_VARIABLE}={request!r} is unknown: expected one of {', '.join(known)}")
     if request == "auto":
         candidates = [b for b in BACKENDS if b.name != "reference"]
     elif request in _FAMILIES:

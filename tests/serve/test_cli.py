@@ -87,13 +87,17 @@ def test_register_is_idempotent():
 def test_cpu_defaults_yield_to_the_user():
     machine = {"flags": frozenset({"avx2"}), "cores": [0, 1], "available_bytes": 20 << 30, "libraries": []}
     chosen = choose([], {}, **machine)
-    assert chosen.environment == {"VLLM_CPU_OMP_THREADS_BIND": "0,1", "VLLM_CPU_KVCACHE_SPACE": "5"}
-    assert chosen.flags == ["--dtype", "float32", "--enforce-eager"]
+    assert chosen.environment == {
+        "VLLM_CPU_OMP_THREADS_BIND": "0,1",
+        "VLLM_CPU_KVCACHE_SPACE": "5",
+        "VLLM_USE_AOT_COMPILE": "0",
+    }
+    assert chosen.flags == ["--dtype", "float32"]
     assert len(chosen.reasons) == 4
-    user = ["--dtype=bfloat16", "--kv_cache_memory_bytes", "1G", "--no-enforce-eager"]
-    chosen = choose(user, {"VLLM_CPU_OMP_THREADS_BIND": "0"}, **machine)
+    user = ["--dtype=bfloat16", "--kv_cache_memory_bytes", "1G"]
+    chosen = choose(user, {"VLLM_CPU_OMP_THREADS_BIND": "0", "VLLM_USE_AOT_COMPILE": "1"}, **machine)
     assert (chosen.environment, chosen.flags) == ({}, [])
-    assert choose([], {}, **machine | {"flags": frozenset({"amx_bf16"})}).flags == ["--enforce-eager"]
+    assert choose([], {}, **machine | {"flags": frozenset({"amx_bf16"})}).flags == []
 
 
 def test_names_flag_knows_both_spellings():

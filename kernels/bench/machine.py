@@ -1,0 +1,63 @@
+"""What a benchmark ran on: printed above every table, stored in every JSON file."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from maskpro_kernels import _cpu
+
+_CACHE = Path("/sys/devices/system/cpu/cpu0/cache")
+_UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Attributes are what their names say; sizes are bytes, ``isas`` best first."""
+
+    cpu: str
+    isas: tuple[str, ...]
+    cores: int
+    threads: int
+    last_level_cache: int
+    memory_available: int
+    torch: str
+    dense_isa: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.cpu}, {self.cores} cores, {self.threads} threads, last-level cache "
+            f"{self.last_level_cache / 2**20:.0f} MiB; our ISAs: {', '.join(self.isas)}; "
+            f"torch {self.torch} ({self.dense_isa})"
+        )
+
+
+def this_machine() -> Machine:
+    return Machine(
+        cpu=_field("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
+        isas=_cpu.available_isas(),
+        cores=len(os.sched_getaffinity(0)),
+        threads=torch.get_num_threads(),
+        last_level_cache=_last_level_cache(),
+        memory_available=int(_field("/proc/meminfo", "MemAvailable").split()[0]) * 1024,
+        torch=torch.__version__,
+        dense_isa=torch.backends.cpu.get_cpu_capability(),
+    )
+
+
+def _field(file: str, name: str) -> str:
+    for line in Path(file).read_text().splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == name:
+            return value.strip()
+    return ""
+
+
+def _last_level_cache() -> int:
+    """Bytes of the largest cache the kernel reports, 32 MiB where it reports none."""
+    sizes = [file.read_text().strip() for file in _CACHE.glob("index*/size")]
+    return max((int(size[:-1]) * _UNITS[size[-1]] for size in sizes), default=32 << 20)

@@ -1,0 +1,97 @@
+"""The ways to multiply that are compared: ours, and dense torch at each dtype and layout it is fast in."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from maskpro_kernels import NMPattern, NMWeight, nm_linear, pack, unpack
+from maskpro_kernels.reference import nm_linear_reference
+
+OURS = "maskpro"
+
+
+@dataclass(frozen=True)
+class Rival:
+    """``run(x)`` multiplies by the next of several copies of the weight, each of ``weight_bytes``."""
+
+    name: str
+    dtype: torch.dtype
+    weight_bytes: int
+    copies: int
+    run: Callable[[Tensor], Tensor]
+
+
+def rivals(
+    rows: int, columns: int, pattern: NMPattern, weight_dtype: torch.dtype, set_bytes: int, generator: torch.Generator
+) -> tuple[NMWeight, list[Rival]]:
+    """One random weight, and every way to multiply by it, ours first.
+
+    Each way walks through enough copies of its weight to fill ``set_bytes``, so that none is found in a cache.
+    """
+    weight = pack(torch.randn((rows, columns), generator=generator).to(weight_dtype), pattern)
+    dense = unpack(weight).float()
+    found = [_ours(weight, set_bytes)]
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        found.append(_dense(dense.to(dtype), set_bytes))
+    if torch.backends.mkldnn.is_available():
+        found.append(_prepacked(dense, set_bytes))
+    return weight, found
+
+
+def check(rival: Rival, x: Tensor, weight: NMWeight) -> None:
+    """Compares every 32nd output with the float64 reference.
+
+    Raises:
+        AssertionError: an output is further off than the rounding of the rival's dtype explains.
+    """
+    some = slice(None, None, 32)
+    x = x.to(rival.dtype)
+    y = rival.run(x)[:, some]
+    expected = nm_linear_reference(x.double(), weight.values[some].double(), weight.bitmask[some], None)
+    magnitude = nm_linear_reference(x.double().abs(), weight.values[some].double().abs(), weight.bitmask[some], None)
+    # Higham's gamma_k |x||W| for a float32 sum, one rounding of the weight and one of the result.
+    kept = weight.values.shape[1]
+    unit = torch.finfo(torch.float32).eps / 2
+    eps = torch.finfo(rival.dtype).eps
+    bound = (kept * unit + eps) * magnitude + eps * expected.abs()
+    error = (y.double() - expected).abs()
+    assert bool((error <= bound).all()), f"{rival.name} is wrong: error {error.max():.3g}"
+
+
+def _copies(nbytes: int, set_bytes: int) -> int:
+    return max(set_bytes // nbytes + 1, 2)
+
+
+def _ours(weight: NMWeight, set_bytes: int) -> Rival:
+    copies = [
+        NMWeight(weight.values.clone(), weight.bitmask.clone(), weight.shape, weight.pattern)
+        for _ in range(_copies(weight.nbytes, set_bytes))
+    ]
+    following: Iterator[NMWeight] = itertools.cycle(copies)
+    return Rival(OURS, torch.float32, weight.nbytes, len(copies), lambda x: nm_linear(x, next(following)))
+
+
+def _dense(weight: Tensor, set_bytes: int) -> Rival:
+    copies = [weight.clone() for _ in range(_copies(weight.nbytes, set_bytes))]
+    following: Iterator[Tensor] = itertools.cycle(copies)
+    name = f"torch {str(weight.dtype).removeprefix('torch.')}"
+    return Rival(name, weight.dtype, weight.nbytes, len(copies), lambda x: F.linear(x, next(following)))
+
+
+def _prepacked(weight: Tensor, set_bytes: int) -> Rival:
+    """oneDNN with its own weight layout, as torch.compile's freezing chooses it."""
+    count = _copies(weight.nbytes, set_bytes)
+    copies = [torch.ops.mkldnn._reorder_linear_weight(weight, None) for _ in range(count)]
+    following: Iterator[Tensor] = itertools.cycle(copies)
+
+    def run(x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, next(following), None, "none", [], "")
+        return y
+
+    return Rival("oneDNN prepacked", weight.dtype, weight.nbytes, len(copies), run)

@@ -1,0 +1,160 @@
+"""The kernels read and write no byte outside their buffers, and refuse impossible arguments.
+
+Every buffer ends where an unmapped page begins: an access one byte past it kills the test process, which is
+as red as a test gets. (Reads before a buffer are left to the sanitizer build: see kernels/README.md.)
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from maskpro_kernels import NMPattern, _cpu, pack
+
+ISAS = ("avx512", "avx2", "portable")
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+OK, BAD_ARGUMENT, NO_ISA = 0, 1, 2
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+@contextmanager
+def ending_at_a_guard_page(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """A copy of ``tensor`` whose last byte is followed by a page that nobody may touch."""
+    size = tensor.nbytes
+    pages = -(-size // mmap.PAGESIZE)
+    region = mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE)
+    anchor = ctypes.c_char.from_buffer(region)
+    guard = ctypes.addressof(anchor) + pages * mmap.PAGESIZE
+    if _libc.mprotect(guard, mmap.PAGESIZE, 0):
+        raise OSError(ctypes.get_errno(), "mprotect")
+    start = pages * mmap.PAGESIZE - size
+    copy = torch.frombuffer(region, dtype=tensor.dtype, count=tensor.numel(), offset=start).reshape(tensor.shape)
+    copy.copy_(tensor)
+    yield copy
+    # The region is unmapped when the last view of it goes.
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@given(
+    pattern=st.sampled_from([4, 8, 16, 32]).flatmap(lambda m: st.builds(NMPattern, st.integers(1, m), st.just(m))),
+    groups=st.integers(1, 12) | st.integers(13, 300),
+    rows=st.integers(1, 9) | st.integers(40, 60),
+    tokens=st.integers(1, 8) | st.integers(9, 30),
+    dtypes=st.tuples(*[st.sampled_from(list(CODES))] * 3),
+    threads=st.integers(1, 2),
+)
+@settings(deadline=None, max_examples=150)
+def test_stays_within_its_buffers(isa, pattern, groups, rows, tokens, dtypes, threads):
+    if isa not in _cpu.available_isas():
+        pytest.skip(f"this machine has no {isa}")
+    columns = min(groups * pattern.m, 2112)
+    activation, kept, bias_dtype = dtypes
+    weight = pack(torch.randn(rows, columns).to(kept), pattern)
+    x = torch.randn(tokens, columns).to(activation)
+    bias = torch.randn(rows).to(bias_dtype)
+    with ExitStack() as stack:
+        guarded = [
+            stack.enter_context(ending_at_a_guard_page(tensor))
+            for tensor in (torch.empty(tokens, rows, dtype=activation), x, weight.values, weight.bitmask, bias)
+        ]
+        status = _cpu.library().maskpro_nm_linear(
+            *(tensor.data_ptr() for tensor in guarded), tokens, columns, rows, pattern.n, pattern.m,
+            CODES[activation], CODES[kept], CODES[bias_dtype], _cpu.ISA_CODES[isa], threads,
+        )  # fmt: skip
+        assert status == OK
+        expected = _cpu.nm_linear(x, weight.values, weight.bitmask, bias, pattern.n, pattern.m, isa, 1)
+        assert torch.equal(guarded[0], expected)
+
+
+def call(**changes: int | None) -> tuple[int, torch.Tensor]:
+    """The status of a valid call with some arguments changed, and its output, which was NaN before."""
+    weight = pack(torch.ones(3, 16), NMPattern(2, 4))
+    y, x = torch.full((2, 3), torch.nan), torch.ones(2, 16)
+    arguments: dict[str, int | None] = {
+        "y": y.data_ptr(), "x": x.data_ptr(), "values": weight.values.data_ptr(),
+        "bitmask": weight.bitmask.data_ptr(), "bias": None, "tokens": 2, "in_features": 16, "out_features": 3,
+        "n": 2, "m": 4, "act_dtype": 0, "weight_dtype": 0, "bias_dtype": 0, "isa": 0, "threads": 1,
+    }  # fmt: skip
+    assert changes.keys() <= arguments.keys()
+    return _cpu.library().maskpro_nm_linear(*(arguments | changes).values()), y
+
+
+def test_a_valid_call():
+    status, y = call()
+    assert status == OK
+    assert torch.equal(y, torch.full((2, 3), 8.0))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"n": 0}, {"n": 5}, {"m": 3}, {"m": 64}, {"in_features": 18}, {"in_features": 0}, {"in_features": -4},
+        {"tokens": -1}, {"out_features": -1}, {"tokens": 1 << 40}, {"act_dtype": 3}, {"weight_dtype": -1},
+        {"bias": 1, "bias_dtype": 7}, {"threads": 0}, {"y": None}, {"x": None}, {"values": None}, {"bitmask": None},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_impossible_arguments_leave_the_output_untouched(changes):
+    status, y = call(**changes)
+    assert status == BAD_ARGUMENT
+    assert torch.isnan(y).all()
+
+
+@pytest.mark.parametrize("isa", [-1, 3])
+def test_unknown_instruction_set(isa):
+    status, y = call(isa=isa)
+    assert status == NO_ISA
+    assert torch.isnan(y).all()
+
+
+@pytest.mark.parametrize("empty", ["tokens", "out_features"])
+def test_nothing_to_do(empty):
+    status, y = call(**{empty: 0, "y": None})
+    assert status == OK
+    assert torch.isnan(y).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_half_precision_value_is_read_and_written_exactly(isa, dtype):
+    """x times the identity: all 65536 bit patterns go in as activations and come out as they were."""
+    if isa not in _cpu.available_isas():
+        pytest.skip(f"this machine has no {isa}")
+    patterns = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
+    finite = patterns[torch.isfinite(patterns)].reshape(-1, 1)
+    x = torch.cat([finite, torch.zeros(finite.shape[0], 3, dtype=dtype)], dim=1)
+    one = pack(torch.tensor([[1.0, 0, 0, 0]]), NMPattern(1, 4))
+    y = _cpu.nm_linear(x, one.values, one.bitmask, None, 1, 4, isa, 1)
+    assert torch.equal(y, finite)
+    kept = _cpu.nm_linear(
+        torch.tensor([[1.0, 0, 0, 0]]), finite, torch.ones(finite.shape[0], 1, dtype=torch.uint8), None, 1, 4, isa, 1
+    )
+    assert torch.equal(kept[0], finite[:, 0].float())
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rounds_as_torch_does(isa, dtype):
+    """Ties, subnormals, overflow to infinity, infinities and NaN, by adding a float32 bias to nothing."""
+    if isa not in _cpu.available_isas():
+        pytest.skip(f"this machine has no {isa}")
+    half_an_ulp = 0x8000 if dtype == torch.bfloat16 else 0x1000
+    anything = torch.randint(-(1 << 31), (1 << 31) - 1, (4096,)).to(torch.int32).view(torch.float32)
+    representable = torch.randint(-(1 << 15), 1 << 15, (4096,)).to(torch.int16).view(dtype).float()
+    ties = (representable.view(torch.int32) + half_an_ulp).view(torch.float32)
+    special = torch.tensor([65519.9, 65520, -65520, 2**-25, 2**-25 * 1.01, 3e-6, torch.inf, -torch.inf, torch.nan])
+    bias = torch.cat([anything, ties, special])
+    bias = torch.where(torch.isnan(bias), torch.nan, bias)
+    values = torch.zeros(bias.numel(), 1)
+    bitmask = torch.ones(bias.numel(), 1, dtype=torch.uint8)
+    y = _cpu.nm_linear(torch.ones(1, 4, dtype=dtype), values, bitmask, bias, 1, 4, isa, 1)
+    torch.testing.assert_close(y[0], bias.to(dtype), rtol=0, atol=0, equal_nan=True)
