@@ -57,6 +57,20 @@ MASKPRO_API int32_t maskpro_nm_linear(void* y, const void* x, const void* values
                                       int32_t m, int32_t act_dtype, int32_t weight_dtype,
                                       int32_t bias_dtype, int32_t isa, int32_t threads);
 
+// One step of learning (n:m) masks: updates logits by earlier draws, then writes a weight under the next draw.
+//
+//   logits  [groups, m] float32, in and out; finite
+//   masked  [groups, m] of weight_bytes bytes each, written; or NULL to only update
+//   weight  the same; any 2 or 4 byte type in which zero bits are 0
+//
+// For each i of `updates`, logits += coefficients[i] * d log P(mask of draws[i]) / d logits, all at the logits as they
+// were. A draw is a function of (seed, stream, draw, logits) alone: the same on every instruction set and for every
+// number of threads. m is 4, 8 or 16; stream, below 2^30, tells layers apart. Reentrant.
+MASKPRO_API int32_t maskpro_policy_step(float* logits, void* masked, const void* weight, int64_t groups, int32_t n,
+                                        int32_t m, int32_t weight_bytes, const float* coefficients,
+                                        const uint64_t* draws, int32_t updates, uint64_t next_draw, uint64_t seed,
+                                        uint32_t stream, int32_t isa, int32_t threads);
+
 #ifdef __cplusplus
 }
 #endif

@@ -6,7 +6,7 @@ import ctypes
 import functools
 import importlib.metadata
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -78,6 +78,11 @@ def library() -> ctypes.CDLL:
     lib.maskpro_isa_available.restype = i32
     lib.maskpro_nm_linear.argtypes = [pointer] * 5 + [i64] * 3 + [i32] * 7
     lib.maskpro_nm_linear.restype = i32
+    u32, u64 = ctypes.c_uint32, ctypes.c_uint64
+    lib.maskpro_policy_step.argtypes = (
+        [pointer] * 3 + [i64] + [i32] * 3 + [pointer] * 2 + [i32, u64, u64, u32, i32, i32]
+    )
+    lib.maskpro_policy_step.restype = i32
     return lib
 
 
@@ -132,3 +137,48 @@ def nm_linear(
             f"{out_features} x {in_features} {values.dtype}, {n}:{m}, {isa}, {threads} threads)"
         )
     return y
+
+
+def policy_step(
+    logits: Tensor, weight: Tensor | None, masked: Tensor | None, n: int, m: int,
+    updates: Sequence[tuple[float, int]], next_draw: int, seed: int, stream: int, isa: str, threads: int,
+) -> None:  # fmt: skip
+    """Calls the native kernel; arguments were checked by :mod:`maskpro_kernels.policy_step`.
+
+    Args:
+        logits: float32, contiguous, whose elements are groups of m; updated.
+        weight: as many elements of 2 or 4 bytes, contiguous; None with masked.
+        masked: the same, written; None to update only.
+        n: kept weights per group.
+        m: group size.
+        updates: (coefficient, draw) of every update.
+        next_draw: the draw that masked gets.
+        seed: key of the generator, 64 bits.
+        stream: which layer, below 2^30.
+        isa: one of :func:`available_isas`.
+        threads: OpenMP threads to use, at least 1.
+    """
+    count = len(updates)
+    coefficients = (ctypes.c_float * count)(*(coefficient for coefficient, _ in updates))
+    draws = (ctypes.c_uint64 * count)(*(draw for _, draw in updates))
+    status = library().maskpro_policy_step(
+        logits.data_ptr(),
+        None if masked is None else masked.data_ptr(),
+        None if weight is None else weight.data_ptr(),
+        logits.numel() // m,
+        n,
+        m,
+        2 if weight is None else weight.element_size(),
+        coefficients,
+        draws,
+        count,
+        next_draw,
+        seed,
+        stream,
+        ISA_CODES[isa],
+        threads,
+    )
+    if status:
+        raise RuntimeError(
+            f"native policy_step failed: {_STATUS.get(status, status)} ({n}:{m}, {isa}, {threads} threads)"
+        )

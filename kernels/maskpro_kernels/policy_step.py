@@ -1,0 +1,80 @@
+"""One step of learning masks in one pass over the weights: update the logits, sample, write the masked weight.
+
+No mask is ever stored. A draw is a function of (seed, stream, draw, logits), so an update draws its mask again
+from the logits it was drawn from; the caller must not change them in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from maskpro_kernels import _cpu
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from maskpro_kernels.pattern import NMPattern
+
+SUPPORTED_M = (4, 8, 16)
+"""Larger groups have too many subsets for an exact score."""
+
+
+@torch.no_grad()
+def policy_step(
+    logits: Tensor,
+    pattern: NMPattern,
+    *,
+    seed: int,
+    stream: int,
+    updates: Sequence[tuple[float, int]] = (),
+    weight: Tensor | None = None,
+    masked: Tensor | None = None,
+    next_draw: int = 0,
+) -> None:
+    """``logits += sum of coefficient * score(mask of draw)``; then ``masked = weight`` under the next draw's mask.
+
+    Args:
+        logits: float32 (out_features, in_features), contiguous; groups are m consecutive inputs. Updated in place.
+        pattern: the pattern; m is 4, 8 or 16.
+        seed: of the whole run, 64 bits.
+        stream: tells layers apart, below 2^30.
+        updates: (coefficient, draw), all scored at the logits as they are given.
+        weight: dense weight of the same shape, 2 or 4 bytes an element, contiguous.
+        masked: what the model computes with: same shape and dtype, contiguous. None only updates.
+        next_draw: number of the draw that ``masked`` gets, 64 bits.
+
+    Raises:
+        ValueError: shapes, dtypes or numbers are impossible.
+
+    Cost: one pass; O(2^n) arithmetic per group and update. Any number of threads gives the same bits.
+    Source: MaskPro (arXiv:2506.12876), equation of the policy gradient; Philox (Salmon et al., SC 2011).
+    """
+    _check(logits, pattern, weight, masked)
+    for coefficient, _ in updates:
+        if not abs(coefficient) < float("inf"):
+            raise ValueError(f"policy_step: an update's coefficient is {coefficient}")
+    _cpu.policy_step(
+        logits, weight, masked, pattern.n, pattern.m, updates, next_draw, seed, stream,
+        _cpu.available_isas()[0], torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _check(logits: Tensor, pattern: NMPattern, weight: Tensor | None, masked: Tensor | None) -> None:
+    if pattern.m not in SUPPORTED_M:
+        raise ValueError(f"policy_step: expected groups of {SUPPORTED_M}, found pattern {pattern}")
+    if logits.dtype != torch.float32 or not logits.is_contiguous() or logits.device.type != "cpu":
+        raise ValueError(f"policy_step: expected contiguous float32 logits on the CPU, found {logits.dtype}")
+    if logits.shape[-1] % pattern.m:
+        raise ValueError(f"policy_step: {pattern.m} does not divide in_features = {logits.shape[-1]}")
+    if masked is None:
+        return
+    for name, tensor in (("weight", weight), ("masked", masked)):
+        if tensor is None or tensor.shape != logits.shape or not tensor.is_contiguous():
+            found = None if tensor is None else tuple(tensor.shape)
+            raise ValueError(f"policy_step: expected a contiguous {name} of shape {tuple(logits.shape)}, found {found}")
+    assert weight is not None
+    if weight.dtype != masked.dtype or weight.element_size() not in (2, 4):
+        raise ValueError(f"policy_step: expected two of one dtype, found {weight.dtype} and {masked.dtype}")
