@@ -4,7 +4,8 @@
 ARG VLLM_VERSION=0.33.0
 
 FROM vllm/vllm-openai:v${VLLM_VERSION} AS gpu
-ENV MASKPRO_CACHE=/cache
+# Until the CUDA kernels exist, packed models run on the dense reference there: right, not fast (docs/gpu.md).
+ENV MASKPRO_CACHE=/cache MASKPRO_KERNEL=reference VLLM_CACHE_ROOT=/cache/vllm TORCHINDUCTOR_CACHE_DIR=/cache/inductor
 WORKDIR /opt/maskpro-serve
 COPY . .
 RUN python3 -m pip install --no-cache-dir . accelerate==1.15.0 gguf==0.19.0 \
@@ -21,9 +22,10 @@ CMD ["--model", "sparse-llama"]
 FROM python:3.11-slim-bookworm AS cpu
 # PyTorch's index of CPU wheels.
 ARG PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
-ENV MASKPRO_CACHE=/cache PATH=/opt/maskpro-serve/.venv/bin:$PATH
+ENV MASKPRO_CACHE=/cache VLLM_CACHE_ROOT=/cache/vllm TORCHINDUCTOR_CACHE_DIR=/cache/inductor \
+    PATH=/opt/maskpro-serve/.venv/bin:$PATH
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
-# g++ stays: torch.compile needs a compiler where a user turns it on.
+# g++ stays: vLLM compiles the model when it starts.
 # hadolint ignore=DL3008
 RUN apt-get update \
  && apt-get install --yes --no-install-recommends g++ libnuma1 libtcmalloc-minimal4 make \

@@ -37,13 +37,18 @@ def ask(server: Server, model: str, tokens: int) -> tuple[str, float]:
         max_tokens=tokens,
         temperature=0,
         stream=True,
+        stream_options={"include_usage": True},
         extra_body={"ignore_eos": True},
     )
-    text, stamps = [], []
+    text, stamps, made = [], [], 0
     for chunk in stream:
-        if chunk.choices and chunk.choices[0].text:
+        if chunk.usage is not None:
+            made = chunk.usage.completion_tokens
+        if chunk.choices:
             text.append(chunk.choices[0].text)
             stamps.append(time.perf_counter())
+    if made != tokens or len(stamps) != tokens:
+        raise SystemExit(f"{model}: expected {tokens} tokens, one to a chunk; found {made} in {len(stamps)} chunks")
     return "".join(text), (tokens - 1) / (stamps[-1] - stamps[0])
 
 

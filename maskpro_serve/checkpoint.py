@@ -137,26 +137,41 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+INDEX = "model.safetensors.index.json"
+
+
+def read_index(folder: Path) -> dict[str, str] | None:
+    """Tensor name to file name as the folder's index has it, or None where there is no index.
+
+    Raises:
+        CheckpointError: the index is unreadable or names a file outside the folder.
+    """
+    index = folder / INDEX
+    if not index.exists():
+        return None
+    try:
+        weight_map: dict[str, str] = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{index}: not a readable index: {error!r}") from error
+    for name in weight_map.values():
+        if not isinstance(name, str) or Path(name).name != name:
+            raise CheckpointError(f"{index}: weight_map: expected a file name, found {name!r}")
+    return weight_map
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The folder's safetensors files: those the index names, else ``model.safetensors``.
 
     Raises:
-        CheckpointError: there are none, or the index is unreadable or names a file outside the folder.
+        CheckpointError: there are none, or the index is wrong.
     """
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        single = folder / "model.safetensors"
-        if not single.is_file():
-            raise CheckpointError(f"{folder}: neither model.safetensors nor {index.name} is there")
-        return [single]
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{index}: not a readable index: {error!r}") from error
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
-            raise CheckpointError(f"{index}: weight_map: expected a file name, found {name!r}")
-    return [folder / name for name in names]
+    weight_map = read_index(folder)
+    if weight_map is not None:
+        return [folder / name for name in sorted(set(weight_map.values()))]
+    single = folder / "model.safetensors"
+    if not single.is_file():
+        raise CheckpointError(f"{folder}: neither model.safetensors nor {INDEX} is there")
+    return [single]
 
 
 def read_headers(folder: Path) -> dict[str, TensorInfo]:
@@ -202,7 +217,7 @@ def read_packed(headers: Mapping[str, TensorInfo], name: str, pattern: NMPattern
             f"{name} are there"
         ) from error
     with open_safetensors(shape.file) as file:
-        if shape.dtype != torch.int64 or shape.shape not in ((2, 1), (2,)):
+        if shape.dtype != torch.int64 or shape.shape != (2, 1):
             raise CheckpointError(f"{shape}: expected int64 (2, 1), found {shape.dtype} {shape.shape}")
         out_features, in_features = (int(size) for size in file.get_tensor(shape.name).flatten())
     if out_features <= 0 or not pattern.divides(in_features):
@@ -262,12 +277,28 @@ def check_checkpoint(folder: Path, *, contents: bool) -> PackedFormat | None:
     if packed is None:
         return None
     headers = read_headers(folder)
+    for name in _checked_names(folder, headers, packed):
+        read_packed(headers, name, packed.pattern, contents=contents)
+    return packed
+
+
+def _checked_names(folder: Path, headers: Mapping[str, TensorInfo], packed: PackedFormat) -> list[str]:
+    """Names of the packed linears, after the folder was found to hold every tensor once, and no other."""
     names = packed_names(headers)
     if not names:
         raise CheckpointError(f"{folder}: config.json says {packed.pattern}, but no tensor ends in .compressed")
     for name in names:
-        read_packed(headers, name, packed.pattern, contents=contents)
-    return packed
+        if twin := headers.get(f"{name}.weight"):
+            raise CheckpointError(f"{twin}: unexpected, {name} is also there packed")
+        if name in packed.ignore:
+            raise CheckpointError(f"{folder / 'config.json'}: ignore: {name} is said to be dense, but it is packed")
+    listed = read_index(folder)
+    if listed is not None:
+        if missing := sorted(listed.keys() - headers.keys()):
+            raise CheckpointError(f"{folder / listed[missing[0]]}: {missing[0]}: listed in {INDEX} but missing")
+        if unexpected := sorted(headers.keys() - listed.keys()):
+            raise CheckpointError(f"{headers[unexpected[0]]}: unexpected, not listed in {INDEX}")
+    return names
 
 
 def load_packed(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor | NMWeight]]:
@@ -289,7 +320,7 @@ def load_packed(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[st
     if packed is None:
         raise CheckpointError(f"{path / 'config.json'}: quantization_config: expected quant_method {QUANT_METHOD!r}")
     headers = read_headers(path)
-    names = packed_names(headers)
+    names = _checked_names(path, headers, packed)
     weights: dict[str, Tensor | NMWeight] = {}
     for name in names:
         weight = read_packed(headers, name, packed.pattern, contents=True)

@@ -7,13 +7,17 @@ last is an exec, because the libraries to preload must be in the environment whe
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from maskpro_serve.arguments import names_flag
 from maskpro_serve.plugin import check_vllm_version
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 _HELP = """usage: maskpro-serve --model MODEL [every `vllm serve` flag]
 
@@ -49,26 +53,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         check_vllm_version()
         if model is None:
-            if not any(a.startswith("--help") for a in rest):
+            if not any(a.startswith("--help") for a in rest) and not names_flag(rest, "--config"):
                 raise ValueError("--model is required: sparse-llama, dense-llama, a folder or a hub id")
             return _become_server(rest, {})
         return _serve(model, rest)
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
         print(f"maskpro-serve: {error}", file=sys.stderr)
         return 2
 
 
 def _serve(model: str, arguments: list[str]) -> int:
+    import torch
+
+    from maskpro_kernels.support import select_backend
     from maskpro_serve.checkpoint import CheckpointError, check_checkpoint
     from maskpro_serve.models import ALIASES, resolve_model
 
     folder = resolve_model(model)
-    looks_local = Path(folder).is_absolute() or folder.startswith((".", "~"))
-    if looks_local and not Path(folder).is_dir():
-        raise CheckpointError(f"{folder}: no such folder")
     if Path(folder).is_dir():
-        check_checkpoint(Path(folder), contents=True)
-    serve = ["--model", folder]
+        packed = check_checkpoint(Path(folder), contents=True)
+        if packed is not None and _runs_on_cpu():
+            # Now, in a sentence, rather than in a worker after vLLM has started.
+            select_backend(packed.pattern, torch.float32, torch.bfloat16, "cpu")
+    elif not _HUB_ID.fullmatch(folder) or Path(folder).parent.is_dir():
+        near = difflib.get_close_matches(folder, ALIASES, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise CheckpointError(f"{folder}: no such folder, alias ({', '.join(ALIASES)}) or hub id{hint}")
+    serve = [folder]
     if model in ALIASES and not names_flag(arguments, "--served-model-name"):
         serve += ["--served-model-name", model]
     environment: dict[str, str] = {}
@@ -97,7 +108,8 @@ def _become_server(arguments: list[str], environment: dict[str, str]) -> int:
     sys.stderr.flush()
     sys.stdout.flush()
     command = [sys.executable, "-m", "maskpro_serve.server", *arguments]
-    os.execve(sys.executable, command, {**os.environ, **environment})
+    # Without it, `python -m` imports from the current folder first, here and in vLLM's workers.
+    os.execve(sys.executable, command, {"PYTHONSAFEPATH": "1", **os.environ, **environment})
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from maskpro_kernels import NMPattern, NMWeight, pack, read_masks
 from maskpro_kernels.files import temporary_sibling
 from maskpro_kernels.packing import WEIGHT_DTYPES, magnitude_mask
 from maskpro_serve.checkpoint import (
+    INDEX,
     CheckpointError,
     PackedFormat,
     TensorInfo,
@@ -74,7 +76,7 @@ def convert(
         MaskFileError: the mask file is.
         FileExistsError: ``output`` exists.
 
-    Memory: the largest safetensors file of the model and its packed form.
+    Memory: the largest safetensors file of the model and its packed form, and a byte per weight of the masks.
     """
     source, target = Path(model), Path(output)
     if target.exists():
@@ -86,7 +88,10 @@ def convert(
     masks, chosen, provenance = _masks(mask, pattern)
     if masks is not None:
         _check_names(headers, masks, Path(str(mask)))
-    writer = _Writer(chosen, masks, set(_linear_weights(source, headers)))
+    linears = set(_linear_weights(source, headers))
+    if masks is not None and (others := sorted(masks.keys() - linears)):
+        raise CheckpointError(f"{mask}: {others[0]}: expected masks of the decoder's linear layers only, this is none")
+    writer = _Writer(chosen, masks, linears)
     with temporary_sibling(target) as folder:
         _copy_other_files(source, folder)
         with _progress_bar(len(headers), enabled=progress) as advance:
@@ -97,14 +102,17 @@ def convert(
                     for name in file.keys():  # noqa: SIM118  (safe_open is no dict)
                         tensors.update(writer.transform(name, file.get_tensor(name), path))
                         advance()
-                save_file(tensors, folder / path.name, metadata={"format": "pt"})
+                try:
+                    save_file(tensors, folder / path.name, metadata={"format": "pt"})
+                except SafetensorError as error:  # a full disk, among others
+                    raise OSError(f"{folder / path.name}: cannot be written: {error}") from error
                 index.update(dict.fromkeys(tensors, path.name))
         if not writer.packed:
             raise CheckpointError(f"{source}: no linear satisfies {chosen}; learn a mask with maskpro-learn")
-        if (source / "model.safetensors.index.json").exists():
-            size = sum((folder / name).stat().st_size for name in set(index.values()))
-            document = {"metadata": {"total_size": size}, "weight_map": index}
-            (folder / "model.safetensors.index.json").write_text(json.dumps(document, indent=2) + "\n")
+        # Written for one file too: without it, a reader cannot know that a dense tensor is missing.
+        size = sum((folder / name).stat().st_size for name in set(index.values()))
+        document = {"metadata": {"total_size": size}, "weight_map": index}
+        (folder / INDEX).write_text(json.dumps(document, indent=2) + "\n")
         packed = PackedFormat(chosen, ("lm_head", *sorted(writer.dense)), provenance)
         config["quantization_config"] = packed.to_dict()
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -194,8 +202,11 @@ def _linear_weights(folder: Path, headers: dict[str, TensorInfo]) -> Iterator[st
         config = AutoConfig.from_pretrained(folder)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-    except (ValueError, OSError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{folder / 'config.json'}: transformers cannot build this model: {error}") from error
+    except Exception as error:  # whatever a model's constructor makes of a bad configuration
+        first = str(error).strip().split("\n")[0]
+        raise CheckpointError(
+            f"{folder / 'config.json'}: transformers cannot build this model: {type(error).__name__}: {first}"
+        ) from error
     head = model.get_output_embeddings()
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and module is not head and f"{name}.weight" in headers:

@@ -16,6 +16,10 @@ import psutil
 from maskpro_serve.arguments import names_flag
 
 _GIB = 1 << 30
+SMALL_MACHINE = 4
+"""Cores up to which all are bound; on more, vLLM's own choice (one node, one thread a core, one core kept) is right."""
+_PARALLEL = ("--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp", "--data-parallel-size", "-dp")
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,25 @@ def kv_cache_gib(available_bytes: int) -> int:
     return max(1, min(32, available_bytes // 4 // _GIB))
 
 
+def container_cores(cores: Sequence[int], cgroup: Path = _CGROUP) -> Sequence[int]:
+    """As many of the cores as the container's CPU quota is worth (cgroup v2), at least one."""
+    try:
+        quota, period = (cgroup / "cpu.max").read_text().split()
+        return cores if quota == "max" else cores[: max(1, -(-int(quota) // int(period)))]
+    except (OSError, ValueError):
+        return cores
+
+
+def available_memory(cgroup: Path = _CGROUP) -> int:
+    """Bytes that are free, here and within the container's limit (cgroup v2)."""
+    free = psutil.virtual_memory().available
+    try:
+        limit, used = ((cgroup / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        return free if limit == "max" else max(0, min(free, int(limit) - int(used)))
+    except (OSError, ValueError):
+        return free
+
+
 def choose(
     arguments: Sequence[str],
     environment: Mapping[str, str],
@@ -83,7 +106,7 @@ def choose(
             chosen[name] = value
             reasons.append(f"{name}={value}  ({reason})")
 
-    if not names_flag(arguments, "--tensor-parallel-size") and not names_flag(arguments, "-tp"):
+    if len(cores) <= SMALL_MACHINE and not any(names_flag(arguments, flag) for flag in _PARALLEL):
         binding = ",".join(map(str, cores))
         default_environment("VLLM_CPU_OMP_THREADS_BIND", binding, "every core; vLLM would keep one for itself")
     if not names_flag(arguments, "--kv-cache-memory-bytes"):
@@ -108,7 +131,7 @@ def choose_here(arguments: Sequence[str]) -> Defaults:
         arguments,
         os.environ,
         flags=cpu_flags(),
-        cores=sorted(os.sched_getaffinity(0)),
-        available_bytes=psutil.virtual_memory().available,
+        cores=container_cores(sorted(os.sched_getaffinity(0))),
+        available_bytes=available_memory(),
         libraries=preloads(),
     )

@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         report = convert(
             arguments.model, arguments.output, mask=arguments.mask, pattern=pattern, progress=sys.stderr.isatty()
         )
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"maskpro-pack: {error}", file=sys.stderr)
         return 2
     share = report.packed_bytes / report.dense_bytes

@@ -29,9 +29,3 @@ bool isa_available(int32_t isa) {
 int32_t maskpro_abi_version(void) { return MASKPRO_ABI_VERSION; }
 
 int32_t maskpro_isa_available(int32_t isa) { return maskpro::isa_available(isa) ? 1 : 0; }
-
-int32_t maskpro_best_isa(void) {
-  int32_t best = MASKPRO_AVX512;
-  while (!maskpro::isa_available(best)) --best;
-  return best;
-}

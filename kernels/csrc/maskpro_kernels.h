@@ -16,11 +16,11 @@ extern "C" {
 #endif
 
 // Raised with every incompatible change of this header; the Python loader checks it.
-#define MASKPRO_ABI_VERSION 1
+#define MASKPRO_ABI_VERSION 2
 
 enum maskpro_dtype { MASKPRO_F32 = 0, MASKPRO_BF16 = 1, MASKPRO_F16 = 2 };
 
-// Numbered by preference: maskpro_best_isa() is the highest one this machine runs.
+// Numbered by preference.
 enum maskpro_isa { MASKPRO_PORTABLE = 0, MASKPRO_AVX2 = 1, MASKPRO_AVX512 = 2 };
 
 enum maskpro_status {
@@ -34,8 +34,6 @@ MASKPRO_API int32_t maskpro_abi_version(void);
 
 // 1 if the instruction set was compiled in and this machine runs it, else 0.
 MASKPRO_API int32_t maskpro_isa_available(int32_t isa);
-
-MASKPRO_API int32_t maskpro_best_isa(void);
 
 // y = x @ W^T + bias for an (n:m)-sparse W, n of every m consecutive inputs kept.
 //

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from maskpro_kernels.errors import NativeLibraryError
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 LIBRARY_NAME = "libmaskpro_kernels.so"
 
 ISA_CODES = {"portable": 0, "avx2": 1, "avx512": 2}

@@ -44,6 +44,15 @@ _pattern = functools.cache(NMPattern)
 
 
 def _check(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, pattern: NMPattern) -> None:
+    if x.dim() < 1 or values.dim() != 2 or bitmask.dim() != 2:
+        raise ValueError(
+            f"nm_linear: expected x (..., in_features), values and bitmask of two dimensions, found {tuple(x.shape)}, "
+            f"{tuple(values.shape)} and {tuple(bitmask.shape)}"
+        )
+    if bitmask.dtype != torch.uint8:
+        raise ValueError(f"nm_linear: bitmask: expected torch.uint8, found {bitmask.dtype}")
+    if not x.device == values.device == bitmask.device:
+        raise ValueError(f"nm_linear: x on {x.device}, values on {values.device}, bitmask on {bitmask.device}")
     in_features = x.shape[-1]
     out_features = values.shape[0]
     weight_in = values.shape[1] // pattern.n * pattern.m
@@ -56,8 +65,14 @@ def _check(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, patt
         raise ValueError(
             f"nm_linear: bitmask of shape {tuple(bitmask.shape)}, expected {(out_features, bitmask_width(in_features))}"
         )
-    if bias is not None and tuple(bias.shape) != (out_features,):
+    if bias is None:
+        return
+    if tuple(bias.shape) != (out_features,):
         raise ValueError(f"nm_linear: bias of shape {tuple(bias.shape)}, expected {(out_features,)}")
+    if bias.device != x.device or not bias.is_floating_point() or (bias.itemsize > 4 and x.itemsize <= 4):
+        raise ValueError(
+            f"nm_linear: bias: expected a 16 or 32 bit float on {x.device}, found {bias.dtype} {bias.device}"
+        )
 
 
 def _forward(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, n: int, m: int) -> Tensor:

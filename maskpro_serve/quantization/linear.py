@@ -75,6 +75,10 @@ class NMLinearMethod(LinearMethodBase):
     def process_weights_after_loading(self, layer: Any) -> None:
         if not hasattr(layer, "shape"):  # vLLM may call this twice
             return
+        if get_current_vllm_config().load_config.load_format != "dummy":
+            for parameter in (layer.compressed, layer.bitmask):
+                if not parameter.loaded_rows:
+                    raise CheckpointError(f"{parameter.tensor_name}: missing in the checkpoint")
         shape = (layer.compressed.shape[0], layer.maskpro_in_features)
         weight = NMWeight(layer.compressed.data, layer.bitmask.data, shape, self.config.pattern)
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from vllm.model_executor.parameter import ModelWeightParameter
 
@@ -20,10 +21,12 @@ class PackedParameter(ModelWeightParameter):
 
     Attributes:
         tensor_name: the name in error messages, vLLM's layer prefix and the parameter's own.
+        loaded_rows: rows of the checkpoint seen so far; 0 where it held none.
     """
 
     def __init__(self, *, tensor_name: str, **kwargs: Any) -> None:
         self.tensor_name = tensor_name
+        self.loaded_rows = 0
         super().__init__(input_dim=1, output_dim=0, **kwargs)
 
     def _expect(self, loaded_weight: Tensor, rows: int, columns: int) -> None:
@@ -32,6 +35,12 @@ class PackedParameter(ModelWeightParameter):
                 f"{self.tensor_name}: expected shape {(rows, columns)} from the model's config.json, found "
                 f"{tuple(loaded_weight.shape)} in the checkpoint"
             )
+        if torch.promote_types(loaded_weight.dtype, self.data.dtype) != self.data.dtype:
+            raise CheckpointError(
+                f"{self.tensor_name}: expected {self.data.dtype}, the dtype in the model's config.json, found "
+                f"{loaded_weight.dtype} in the checkpoint"
+            )
+        self.loaded_rows += loaded_weight.shape[0]
 
     def load_column_parallel_weight(self, loaded_weight: Tensor) -> None:
         rows, columns = self.data.shape

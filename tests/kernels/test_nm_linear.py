@@ -146,6 +146,14 @@ def test_disagreeing_arguments_give_both_sizes():
         nm_linear(torch.randn(3, 60), weight)
     with pytest.raises(ValueError, match=r"bias of shape \(15,\), expected \(16,\)"):
         nm_linear(torch.randn(3, 64), weight, torch.randn(15))
+    with pytest.raises(ValueError, match=r"bias: expected a 16 or 32 bit float on cpu, found torch.float64"):
+        nm_linear(torch.randn(3, 64), weight, torch.randn(16).double())
+    with pytest.raises(ValueError, match=r"bitmask: expected torch.uint8, found torch.int64"):
+        torch.ops.maskpro.nm_linear(torch.randn(3, 64), weight.values, weight.bitmask.long(), None, 2, 4)
+    with pytest.raises(ValueError, match=r"two dimensions, found \(\), "):
+        nm_linear(torch.tensor(1.0), weight)
+    with pytest.raises(ValueError, match=r"two dimensions, found \(3, 64\), \(32,\)"):
+        torch.ops.maskpro.nm_linear(torch.randn(3, 64), weight.values[0], weight.bitmask, None, 2, 4)
 
 
 def test_backend_choice(monkeypatch):

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from maskpro_kernels import NMWeight, read_masks, unpack, write_masks
+from maskpro_kernels.packing import magnitude_mask
 from maskpro_serve import CheckpointError, convert, load_packed
 from maskpro_serve.checkpoint import check_checkpoint
 
@@ -78,6 +79,36 @@ def test_a_mask_of_another_model_is_refused_before_writing(tiny, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_part_is_missed_without_an_index_too(packed):
+    (packed / "model.safetensors.index.json").unlink()
+    check_checkpoint(packed, contents=True)
+    edit(packed, lambda t: t.pop(f"{LAYER}.bitmask"))
+    with pytest.raises(CheckpointError, match=rf"tensor {LAYER}.bitmask is missing"):
+        check_checkpoint(packed, contents=True)
+
+
+def test_a_mask_of_something_else_than_a_linear_is_refused(tiny, tmp_path):
+    masks = read_masks(tiny["mask"])
+    embedding = load_file(tiny["dense"] / "model.safetensors")["model.embed_tokens.weight"]
+    more = masks.masks | {"model.embed_tokens.weight": magnitude_mask(embedding, masks.pattern)}
+    write_masks(tmp_path / "mask", more, masks.pattern)
+    with pytest.raises(CheckpointError, match=r"model\.embed_tokens\.weight: .* linear layers only"):
+        convert(tiny["dense"], tmp_path / "out", mask=tmp_path / "mask")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "changes", [{"num_attention_heads": 0}, {"hidden_size": "x"}, {"intermediate_size": -8}], ids=str
+)
+def test_an_impossible_configuration_is_one_sentence(tiny, tmp_path, changes):
+    model = shutil.copytree(tiny["dense"], tmp_path / "model")
+    config = json.loads((model / "config.json").read_text()) | changes
+    (model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="transformers cannot build this model") as caught:
+        convert(model, tmp_path / "out", mask=tiny["mask"])
+    assert "\n" not in str(caught.value)
+
+
 DAMAGES = {
     "a bitmask with 3 of 4": (
         lambda t: t[f"{LAYER}.bitmask"].__setitem__((5, 2), t[f"{LAYER}.bitmask"][5, 2] | 0x0F),
@@ -91,7 +122,13 @@ DAMAGES = {
         lambda t: t.__setitem__(f"{LAYER}.shape", torch.tensor([[192], [-2]])),
         rf"{LAYER}.shape: \(192, -2\) is no shape",
     ),
-    "a missing part": (lambda t: t.pop(f"{LAYER}.bitmask"), rf"tensor {LAYER}.bitmask is missing"),
+    "a missing part": (lambda t: t.pop(f"{LAYER}.bitmask"), rf"{LAYER}.bitmask: listed in .* but missing"),
+    "a missing dense tensor": (lambda t: t.pop("model.norm.weight"), r"model\.norm\.weight: listed in .* but missing"),
+    "a dense twin": (
+        lambda t: t.__setitem__(f"{LAYER}.weight", torch.zeros(192, 128)),
+        rf"{LAYER}.weight: unexpected, {LAYER} is also there packed",
+    ),
+    "an unknown tensor": (lambda t: t.__setitem__("extra", torch.zeros(3)), "extra: unexpected, not listed in"),
     "a wrong dtype": (
         lambda t: t.__setitem__(f"{LAYER}.bitmask", t[f"{LAYER}.bitmask"].to(torch.int64)),
         rf"{LAYER}.bitmask: expected torch.uint8, found torch.int64",
@@ -131,6 +168,9 @@ def test_truncated_and_missing_files_are_named(packed, tmp_path):
     with pytest.raises(CheckpointError, match=r"model\.safetensors: truncated"):
         check_checkpoint(packed, contents=False)
     weights.unlink()
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: no such file"):
+        check_checkpoint(packed, contents=False)
+    (packed / "model.safetensors.index.json").unlink()
     with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor"):
         check_checkpoint(packed, contents=False)
     with pytest.raises(CheckpointError, match="no such folder"):

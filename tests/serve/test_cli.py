@@ -11,7 +11,7 @@ from processes import run_python
 from maskpro_serve import plugin
 from maskpro_serve.arguments import names_flag
 from maskpro_serve.cli import main
-from maskpro_serve.cpu_defaults import choose
+from maskpro_serve.cpu_defaults import available_memory, choose, container_cores
 
 
 def one_sentence(captured, command: str) -> str:
@@ -48,9 +48,21 @@ def test_pack_refuses_in_one_sentence(tiny, tmp_path, capsys, flags, message):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_serve_refuses_a_missing_folder(capsys, tmp_path):
-    assert main(["--model", str(tmp_path / "nowhere")]) == 2
+@pytest.mark.parametrize("name", ["{tmp}/nowhere", "models/mine/v1", "./nowhere", "nowhere", "tests/nowhere"])
+def test_serve_refuses_a_missing_folder(capsys, tmp_path, name):
+    assert main(["--model", name.format(tmp=tmp_path)]) == 2
     assert "no such folder" in one_sentence(capsys.readouterr(), "maskpro-serve")
+
+
+def test_serve_suggests_the_alias_that_was_meant(capsys):
+    assert main(["--model", "sparse-lama"]) == 2
+    assert "did you mean sparse-llama?" in one_sentence(capsys.readouterr(), "maskpro-serve")
+
+
+def test_serve_refuses_an_unknown_kernel(tiny, capsys, monkeypatch):
+    monkeypatch.setenv("MASKPRO_KERNEL", "fastest")
+    assert main(["--model", str(tiny["packed"])]) == 2
+    assert "MASKPRO_KERNEL='fastest' is unknown" in one_sentence(capsys.readouterr(), "maskpro-serve")
 
 
 def test_serve_refuses_a_damaged_checkpoint(tiny, tmp_path, capsys):
@@ -98,6 +110,24 @@ def test_cpu_defaults_yield_to_the_user():
     chosen = choose(user, {"VLLM_CPU_OMP_THREADS_BIND": "0", "VLLM_USE_AOT_COMPILE": "1"}, **machine)
     assert (chosen.environment, chosen.flags) == ({}, [])
     assert choose([], {}, **machine | {"flags": frozenset({"amx_bf16"})}).flags == []
+
+
+@pytest.mark.parametrize("flag", ["-pp", "--data-parallel-size", "--tensor_parallel_size"])
+def test_threads_are_left_to_vllm_where_they_are_shared(flag):
+    machine = {"flags": frozenset(), "available_bytes": 20 << 30, "libraries": []}
+    assert "VLLM_CPU_OMP_THREADS_BIND" not in choose([flag, "2"], {}, cores=[0, 1], **machine).environment
+    assert "VLLM_CPU_OMP_THREADS_BIND" not in choose([], {}, cores=range(64), **machine).environment
+
+
+def test_defaults_respect_a_container(tmp_path):
+    assert list(container_cores([0, 1, 2, 3], tmp_path)) == [0, 1, 2, 3]  # no cgroup
+    (tmp_path / "cpu.max").write_text("150000 100000\n")
+    assert list(container_cores([0, 1, 2, 3], tmp_path)) == [0, 1]
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    assert list(container_cores([0, 1, 2, 3], tmp_path)) == [0, 1, 2, 3]
+    (tmp_path / "memory.max").write_text("3000000\n")
+    (tmp_path / "memory.current").write_text("1000000\n")
+    assert available_memory(tmp_path) == 2000000
 
 
 def test_names_flag_knows_both_spellings():
