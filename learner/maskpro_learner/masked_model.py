@@ -1,0 +1,86 @@
+"""A model whose linears compute with sampled masks: per weight, its dense value, its logit and its masked value.
+
+The masked value lives where the model keeps its weight, so no forward pass is replaced. No mask is stored: a draw
+is a function of its number (:mod:`maskpro_kernels.policy_step`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from maskpro_kernels import NMPattern
+from maskpro_kernels.packing import top_n_mask
+from maskpro_kernels.policy_step import policy_step
+from maskpro_learner.errors import LearnerError
+
+
+class MaskedModel:
+    """Owns the weights of the linears until :meth:`restore`.
+
+    Args:
+        linears: prunable linears by module name, on the CPU.
+        masks: initial masks by parameter name (``<module>.weight``), strictly ``pattern``.
+        pattern: the pattern.
+        initial_logit: logit of a weight that its initial mask keeps; the others start at 0.
+        seed: of every draw.
+
+    Memory: 4 bytes of logit and one more copy of the weight, per weight.
+    """
+
+    def __init__(
+        self, linears: Mapping[str, nn.Linear], masks: Mapping[str, Tensor], pattern: NMPattern,
+        *, initial_logit: float, seed: int,
+    ) -> None:  # fmt: skip
+        if missing := [name for name in linears if f"{name}.weight" not in masks]:
+            raise LearnerError(f"initial mask: none for {missing[0]}")
+        self.pattern = pattern
+        self.linears = dict(linears)
+        self.dense = {name: linear.weight.data.contiguous() for name, linear in linears.items()}
+        self.logits = {name: masks[f"{name}.weight"].float().mul_(initial_logit) for name in linears}
+        self._seed = seed
+        for name, linear in self.linears.items():
+            linear.weight.data = torch.where(masks[f"{name}.weight"], self.dense[name], 0)
+
+    @property
+    def weights(self) -> int:
+        """How many weights have a logit."""
+        return sum(logits.numel() for logits in self.logits.values())
+
+    def step(self, updates: Sequence[tuple[float, int]], next_draw: int) -> None:
+        """Updates the logits by draws of now, then gives every linear the mask of the next draw.
+
+        Args:
+            updates: (coefficient, draw), the draws made from the logits as they are.
+            next_draw: the number of the mask to compute with.
+        """
+        for stream, (name, linear) in enumerate(self.linears.items()):
+            policy_step(
+                self.logits[name], self.pattern, seed=self._seed, stream=stream, updates=updates,
+                weight=self.dense[name], masked=linear.weight.data, next_draw=next_draw,
+            )  # fmt: skip
+
+    def masks(self) -> dict[str, Tensor]:
+        """The most likely mask of every linear, by parameter name; ties go to the lower column."""
+        return {f"{name}.weight": top_n_mask(logits, self.pattern) for name, logits in self.logits.items()}
+
+    def restore(self) -> None:
+        """Gives the linears their dense weights back."""
+        for name, linear in self.linears.items():
+            linear.weight.data = self.dense[name]
+
+
+@contextmanager
+def masked(
+    linears: Mapping[str, nn.Linear], masks: Mapping[str, Tensor], pattern: NMPattern,
+    *, initial_logit: float, seed: int,
+) -> Iterator[MaskedModel]:  # fmt: skip
+    """A :class:`MaskedModel` that is restored at the end, whatever happens."""
+    model = MaskedModel(linears, masks, pattern, initial_logit=initial_logit, seed=seed)
+    try:
+        yield model
+    finally:
+        model.restore()

@@ -1,0 +1,164 @@
+"""Learning: estimators by their formulas, a toy whose best mask is known, and runs that stop and go on."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from maskpro_kernels import NMPattern
+from maskpro_kernels.packing import check_mask
+from maskpro_learner import LearnConfig, LearnerError, initial_masks, learn_masks, select_layers
+from maskpro_learner.estimator import ESTIMATORS, make_estimator
+from maskpro_learner.masked_model import masked
+
+PATTERN = NMPattern(2, 4)
+
+
+def test_estimators_follow_their_formulas():
+    vanilla, residual, smoothed, leave_one_out = (make_estimator(name, 2.0, 0.75, 3) for name in ESTIMATORS)
+    assert vanilla.coefficients([5.0], 4.0) == [-10.0]
+    assert residual.coefficients([5.0], 4.0) == [-2.0]
+    assert smoothed.coefficients([5.0], 4.0) == [-2.0 * (1 - 0.25)]
+    assert smoothed.tracker == 0.25
+    assert smoothed.coefficients([3.0], 4.0) == [-2.0 * (-1 - (0.75 * 0.25 - 0.25))]
+    assert leave_one_out.coefficients([1.0, 2.0, 6.0], 0.0) == pytest.approx([2.0, 1.0, -3.0])
+    assert sum(leave_one_out.coefficients([0.3, 0.1, 0.7], 9.0)) == pytest.approx(0)
+
+
+@pytest.mark.parametrize("name", ["smoothed", "leave-one-out"])
+def test_a_toy_with_a_known_best_mask_is_solved(name):
+    """Each weight has a cost; the best mask keeps the cheapest two of every four. Learning starts from the dearest."""
+    generator = torch.Generator().manual_seed(1)
+    linear = nn.Linear(32, 2, bias=False).requires_grad_(False)
+    linear.weight.fill_(1.0)
+    cost = torch.stack([torch.randperm(4, generator=generator) for _ in range(16)]).reshape(2, 32).float()
+    best, worst = cost < 2, cost >= 2
+    # One number judges all sixteen groups at once, so what compares masks of now may take larger steps.
+    rate, steps = (0.3, 1500) if name == "leave-one-out" else (0.02, 12_000)
+    estimator = make_estimator(name, rate, 0.9, 4)
+    with masked({"toy": linear}, {"toy.weight": worst}, PATTERN, initial_logit=1.0, seed=3) as policy:
+        initial = float((cost * worst).sum())
+        policy.step([], 0)
+        draw = 0
+        for _ in range(steps):
+            losses = []
+            first = draw
+            for _k in range(estimator.masks_per_batch):
+                if draw != first:
+                    policy.step([], draw)
+                losses.append(float((cost * linear.weight).sum()))
+                draw += 1
+            updates = [(c, first + k) for k, c in enumerate(estimator.coefficients(losses, initial))]
+            policy.step(updates, draw)
+        assert torch.equal(policy.masks()["toy.weight"], best)
+    assert torch.equal(linear.weight, torch.ones(2, 32))  # restored
+
+
+@pytest.fixture(scope="module")
+def tiny() -> tuple[LlamaForCausalLM, torch.Tensor]:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).train(False).requires_grad_(False)
+    return model, torch.randint(0, 64, (12, 16))
+
+
+CONFIG = LearnConfig(PATTERN, steps=9, minibatch=4, batch=3, learning_rate=5.0, initial_logit=2.0)
+
+
+def magnitude(model):
+    return initial_masks(copy.deepcopy(model), PATTERN, "magnitude").masks  # which prunes in place
+
+
+def learn(tiny, config=CONFIG, **arguments):
+    model, tokens = tiny
+    return learn_masks(model, tokens, magnitude(model), config, **arguments)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_run_is_a_function_of_its_seed_and_leaves_the_model_alone(tiny, estimator):
+    before = {name: p.clone() for name, p in tiny[0].named_parameters()}
+    config = dataclasses.replace(CONFIG, estimator=estimator)
+    steps = []
+    first, second = learn(tiny, config, on_step=steps.append), learn(tiny, config)
+    other = learn(tiny, dataclasses.replace(config, seed=1, steps=40, learning_rate=500.0))
+    assert [step.step for step in steps] == list(range(1, 10))
+    assert first.keys() == {f"{name}.weight" for name in select_layers(tiny[0], PATTERN).linears}
+    for name, mask in first.items():
+        check_mask(mask, PATTERN)
+        assert torch.equal(mask, second[name])
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+    for name, p in tiny[0].named_parameters():
+        assert torch.equal(p, before[name])
+
+
+@pytest.mark.parametrize("estimator", ["smoothed", "leave-one-out"])
+@pytest.mark.parametrize("stops", [(1,), (3, 4), (2, 5, 8)])
+def test_a_stopped_run_goes_on_bit_for_bit(tiny, tmp_path, estimator, stops):
+    config = dataclasses.replace(CONFIG, estimator=estimator, learning_rate=200.0)
+    trackers: list[list[float]] = [[], []]
+    whole = learn(tiny, config, on_step=lambda s: trackers[0].append(s.tracker))
+    checkpoint = tmp_path / "run.checkpoint"
+    for stop in [*stops, None]:
+        done: list[int] = []
+
+        def on_step(step, done=done):
+            done.append(step.step)
+            trackers[1].append(step.tracker)
+
+        result = learn(
+            tiny, config, on_step=on_step, checkpoint=checkpoint,
+            stop=lambda done=done, stop=stop: bool(done) and done[-1] == stop,
+        )  # fmt: skip
+        assert checkpoint.exists() == (stop is not None)
+    assert trackers[0] == trackers[1]
+    for name, mask in whole.items():
+        assert torch.equal(mask, result[name])
+
+
+def test_a_checkpoint_of_another_run_is_refused(tiny, tmp_path):
+    checkpoint = tmp_path / "run.checkpoint"
+    learn(tiny, checkpoint=checkpoint, stop=lambda: checkpoint.parent.exists())
+    saved = checkpoint.read_bytes()
+    with pytest.raises(LearnerError, match="a checkpoint of another run"):
+        learn(tiny, dataclasses.replace(CONFIG, seed=5), checkpoint=checkpoint)
+    assert checkpoint.read_bytes() == saved
+    checkpoint.write_bytes(saved[:-7])
+    with pytest.raises(LearnerError, match="not a readable checkpoint"):
+        learn(tiny, checkpoint=checkpoint)
+
+
+def test_a_loss_that_is_not_finite_is_named(tiny):
+    model, tokens = tiny
+    with torch.no_grad():
+        saved = model.lm_head.weight.clone()
+        model.lm_head.weight.fill_(torch.nan)
+    try:
+        with pytest.raises(LearnerError, match="step 1: the loss is nan"):
+            learn_masks(model, tokens, magnitude(model), CONFIG)
+    finally:
+        with torch.no_grad():
+            model.lm_head.weight.copy_(saved)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pattern": NMPattern(2, 32)}, "expected groups of"),
+        ({"estimator": "best"}, "expected one of vanilla, residual"),
+        ({"steps": 0}, "steps: expected at least 1, found 0"),
+        ({"estimator": "leave-one-out", "masks_per_batch": 1}, "at least 2, found 1"),
+        ({"smoothing": 1.0}, "smoothing < 1"),
+    ],
+    ids=str,
+)
+def test_impossible_settings(changes, message):
+    with pytest.raises(LearnerError, match=message):
+        dataclasses.replace(CONFIG, **changes)
