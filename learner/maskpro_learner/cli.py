@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -18,10 +18,14 @@ from maskpro_kernels import NMPattern, read_masks, write_masks
 from maskpro_kernels.masks import ENCODINGS
 from maskpro_learner.calibration import calibration_blocks
 from maskpro_learner.checkpoints import check_model, file_sha256, load_model, load_tokenizer, weights_sha256
+from maskpro_learner.config import LearnConfig
 from maskpro_learner.errors import CalibrationError, LearnerError, ModelError
+from maskpro_learner.estimator import ESTIMATORS
 from maskpro_learner.initial_masks import CALIBRATED_METHODS, METHODS, InitialMasks, Method, initial_masks
 from maskpro_learner.layers import select_layers
 from maskpro_learner.progress import progress_bar, quiet_transformers
+from maskpro_learner.run import Interrupted, RunFiles, run_learning
+from maskpro_learner.trainer import Step
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -31,7 +35,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--pattern", default="2:4", help="N:M, N of every M inputs are kept (default 2:4)")
     parser.add_argument("--init", required=True, metavar="|".join([*METHODS, "MASKFILE"]), help="how to make the mask")
     parser.add_argument("--output", required=True, type=Path, help="mask file to write, .safetensors")
-    data = parser.add_argument_group("calibration (wanda, sparsegpt and swap)")
+    data = parser.add_argument_group("calibration (wanda, sparsegpt, swap and learning)")
     data.add_argument(
         "--calibration", nargs="+", type=Path, default=[], metavar="FILE",
         help=".txt, or .jsonl with text, prefix and gold_completion, or messages; several files share the samples",
@@ -39,7 +43,16 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     data.add_argument("--samples", type=int, default=128, help="blocks of text (default 128)")
     data.add_argument("--length", type=int, default=512, help="tokens of a block (default 512)")
     data.add_argument("--batch", type=int, default=4, help="blocks run at once (default 4)")
-    parser.add_argument("--seed", type=int, default=0, help="of the calibration blocks and the random mask")
+    learning = parser.add_argument_group("learning (MaskPro; without --steps the initial mask is the result)")
+    learning.add_argument("--steps", type=int, default=0, help="updates of the mask distribution (default 0)")
+    learning.add_argument("--estimator", choices=ESTIMATORS, default="smoothed", help="(default smoothed)")
+    learning.add_argument("--learning-rate", type=float, default=50.0, help="eta (default 50)")
+    learning.add_argument("--initial-logit", type=float, default=10.0, help="of the initial mask (default 10)")
+    learning.add_argument("--smoothing", type=float, default=0.99, help="alpha of the tracker (default 0.99)")
+    learning.add_argument("--masks-per-batch", type=int, default=2, help="of leave-one-out (default 2)")
+    learning.add_argument("--minibatch", type=int, default=32, help="blocks of text in a step (default 32)")
+    learning.add_argument("--checkpoint-minutes", type=float, default=10.0, help="between checkpoints (default 10)")
+    parser.add_argument("--seed", type=int, default=0, help="of the calibration blocks, the random mask and the draws")
     parser.add_argument("--include", nargs="+", default=["*"], metavar="GLOB", help="module names to prune (default *)")
     parser.add_argument("--exclude", nargs="+", default=[], metavar="GLOB", help="module names to leave dense")
     parser.add_argument("--encoding", choices=ENCODINGS, default="bitmask", help="states is smaller, for M = 4 only")
@@ -54,10 +67,13 @@ def provenance(options: argparse.Namespace, method: str) -> dict[str, str]:
         "base_model": Path(options.model).name if Path(options.model).is_dir() else options.model,
         "base_model_sha256": weights_sha256(options.model),
         "method": method,
-        "steps": "0",
+        "steps": str(options.steps),
         "seed": str(options.seed),
     }
-    if method in CALIBRATED_METHODS:
+    if options.steps:
+        settings = ("estimator", "learning_rate", "initial_logit", "smoothing", "minibatch")
+        entries |= {"method": f"maskpro from {method}"} | {name: str(getattr(options, name)) for name in settings}
+    if method in CALIBRATED_METHODS or options.steps:
         files = (f"{path.name} sha256:{file_sha256(path)}" for path in options.calibration)
         entries |= {"calibration": ", ".join(files), "samples": str(options.samples), "length": str(options.length)}
     return {key: value for key, value in entries.items() if value is not None}
@@ -119,9 +135,11 @@ def learn(options: argparse.Namespace, console: Console) -> None:
     if options.encoding == "states" and pattern.m != 4:
         raise LearnerError(f"--encoding states is for groups of 4, found pattern {pattern}: use bitmask")
     tokens: Tensor | None = None
-    if options.init in CALIBRATED_METHODS:
+    config = _learn_config(options, pattern)
+    if options.init in CALIBRATED_METHODS or config is not None:
         if not options.calibration:
-            raise CalibrationError(f"--init {options.init} needs calibration text: give --calibration FILE")
+            what = "--steps" if config is not None else f"--init {options.init}"
+            raise CalibrationError(f"{what} needs calibration text: give --calibration FILE")
         tokenizer = load_tokenizer(options.model)
         tokens = calibration_blocks(
             options.calibration, tokenizer, samples=options.samples, length=options.length, seed=options.seed
@@ -138,6 +156,17 @@ def learn(options: argparse.Namespace, console: Console) -> None:
                 model, pattern, cast(Method, options.init), tokens=tokens, seed=options.seed,
                 include=options.include, exclude=options.exclude, batch=options.batch, advance=advance,
             )  # fmt: skip
+    rows: list[tuple[str, str]] = []
+    if config is not None:
+        assert tokens is not None
+        if mask_file is None:
+            model = load_model(options.model, getattr(torch, options.dtype), options.device)  # initial_masks pruned it
+        learned, steps = run_learning(
+            model, tokens, result.masks, config, RunFiles.beside(options.output),
+            checkpoint_seconds=60 * options.checkpoint_minutes,
+        )  # fmt: skip
+        rows = learning_rows(result.masks, learned, steps)
+        result = InitialMasks(learned, result.dense)
     write_masks(
         options.output, result.masks, pattern,
         provenance=provenance(options, mask_file.name if mask_file else options.init), encoding=options.encoding,
@@ -145,16 +174,47 @@ def learn(options: argparse.Namespace, console: Console) -> None:
     console.print(summary(result, [
         ("pattern", str(pattern)),
         ("method", options.init),
+        *rows,
         ("mask file", f"{options.output} ({options.output.stat().st_size / 1e6:.2f} MB, {options.encoding})"),
     ]))  # fmt: skip
 
 
+def _learn_config(options: argparse.Namespace, pattern: NMPattern) -> LearnConfig | None:
+    """The settings of learning, checked before anything slow; None without --steps."""
+    if options.steps == 0:
+        return None
+    if options.device != "cpu":
+        raise LearnerError(f"--steps: learning runs on the CPU only so far, found --device {options.device}")
+    return LearnConfig(
+        pattern, options.steps, options.estimator, options.learning_rate, options.initial_logit, options.smoothing,
+        options.masks_per_batch, options.minibatch, options.batch, options.seed,
+    )  # fmt: skip
+
+
+def learning_rows(
+    before: Mapping[str, Tensor], after: Mapping[str, Tensor], steps: Sequence[Step]
+) -> list[tuple[str, str]]:
+    """What the summary says of learning."""
+    moved = sum(int((after[name] != mask).sum()) // 2 for name, mask in before.items())
+    kept = sum(int(mask.sum()) for mask in before.values())
+    last = steps[-max(1, len(steps) // 10) :]
+    residual = sum(step.residual for step in last) / len(last)
+    return [
+        ("steps", f"{len(steps)}, {sum(step.seconds for step in steps) / len(steps):.3f} s each"),
+        ("residual", f"{residual:+.4f} nats per token under sampled masks, mean of the last {len(last)} steps"),
+        ("moved", f"{moved:,} of {kept:,} kept weights ({moved / kept:.4%})"),
+    ]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0, or 2 for an input that cannot be used."""
+    """Entry point; returns the exit code: 0, 2 for an input that cannot be used, 128 + n after signal n."""
     options = parse_arguments(argv)
     quiet_transformers()
     try:
         learn(options, Console())
+    except Interrupted as interrupted:
+        print(f"maskpro-learn: {interrupted}", file=sys.stderr)
+        return 128 + interrupted.signal
     except (ValueError, OSError) as error:
         print(f"maskpro-learn: error: {error}", file=sys.stderr)
         return 2

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from maskpro_kernels import NMPattern, read_masks, write_masks
 from maskpro_kernels.packing import magnitude_mask
 from maskpro_learner.cli import main
+from maskpro_learner.learning_log import read_log
 
 
 @pytest.fixture
@@ -135,5 +140,75 @@ def test_masks_of_another_model(arguments: list[str], tmp_path: Path, capsys: py
 
 def test_unknown_flags_exit_with_2(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as raised:
-        main([*arguments, "--init", "wanda", "--steps", "10"])
+        main([*arguments, "--init", "wanda", "--epochs", "10"])
     assert raised.value.code == 2
+
+
+LEARNING = ["--init", "magnitude", "--minibatch", "4", "--learning-rate", "200", "--initial-logit", "2"]
+
+
+def test_learning_writes_mask_log_and_curve(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*arguments, *LEARNING, "--steps", "6"]) == 0
+    file = read_masks(tmp_path / "mask.safetensors")
+    assert file.provenance["method"] == "maskpro from magnitude"
+    assert file.provenance["steps"] == "6"
+    assert [step.step for step in read_log(tmp_path / "mask.jsonl")] == [1, 2, 3, 4, 5, 6]
+    assert (tmp_path / "mask.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "mask.checkpoint").exists()
+    out = capsys.readouterr().out
+    assert "residual" in out
+    assert "kept weights" in out
+    once = {name: mask.clone() for name, mask in file.masks.items()}
+    assert main([*arguments, *LEARNING, "--steps", "6"]) == 0
+    again = read_masks(tmp_path / "mask.safetensors")
+    assert all(torch.equal(again.masks[name], mask) for name, mask in once.items())
+
+
+def kill_and_go_on(arguments: list[str], tmp_path: Path, number: signal.Signals, at_step: int) -> int:
+    """Starts a run, sends the signal once the log has ``at_step`` lines, and returns its exit code."""
+    flags = [*arguments, *LEARNING, "--steps", "60", "--checkpoint-minutes", "0"]
+    log = tmp_path / "mask.jsonl"
+    run = subprocess.Popen([sys.executable, "-m", "maskpro_learner.cli", *flags], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while run.poll() is None and time.monotonic() < deadline:
+        if log.exists() and len(log.read_text().splitlines()) >= at_step:
+            run.send_signal(number)
+            break
+        time.sleep(0.002)
+    return run.wait(timeout=60)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
+def test_a_killed_run_goes_on_to_the_same_mask(arguments: list[str], tmp_path: Path, number: signal.Signals) -> None:
+    code = kill_and_go_on(arguments, tmp_path, number, at_step=20)
+    assert code == (143 if number == signal.SIGTERM else -9)
+    assert (tmp_path / "mask.checkpoint").exists()
+    assert not (tmp_path / "mask.safetensors").exists()
+    flags = [*arguments, *LEARNING, "--steps", "60"]
+    assert main(flags) == 0
+    resumed = read_masks(tmp_path / "mask.safetensors").masks
+    assert [step.step for step in read_log(tmp_path / "mask.jsonl")] == list(range(1, 61))
+    assert main(flags) == 0  # from the start, unbroken
+    whole = read_masks(tmp_path / "mask.safetensors").masks
+    assert all(torch.equal(resumed[name], mask) for name, mask in whole.items())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--steps", "3", "--pattern", "2:32"], "expected groups of"),
+        (["--steps", "3", "--smoothing", "1"], "smoothing < 1"),
+        (["--steps", "3", "--estimator", "leave-one-out", "--masks-per-batch", "1"], "at least 2, found 1"),
+        (["--steps", "3", "--device", "cuda"], "on the CPU only"),
+    ],
+)
+def test_impossible_learning_is_one_sentence(
+    arguments: list[str], flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*arguments, "--init", "magnitude", *flags]) == 2
+    err = capsys.readouterr().err.strip()
+    assert message in err
+    assert "\n" not in err
