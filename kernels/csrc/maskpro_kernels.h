@@ -62,12 +62,14 @@ MASKPRO_API int32_t maskpro_nm_linear(void* y, const void* x, const void* values
 //   weight  the same; any 2 or 4 byte type in which zero bits are 0
 //
 // For each i of `updates`, logits += coefficients[i] * d log P(mask of draws[i]) / d logits, all at the logits as they
-// were. A draw is a function of (seed, stream, draw, logits) alone: the same on every instruction set and for every
+// were. With gains, float32 [groups, m], a group's coefficient is also multiplied by what its mask of draws[i] gains
+// over the other draws' on average, the sum of the kept columns' gains; updates is then 2 to 16. A draw is a function of (seed, stream, draw, logits) alone: the same on every instruction set and for every
 // number of threads. m is 4, 8 or 16; stream, below 2^30, tells layers apart. Reentrant.
+#define MASKPRO_MAX_GAIN_DRAWS 16
 MASKPRO_API int32_t maskpro_policy_step(float* logits, void* masked, const void* weight, int64_t groups, int32_t n,
-                                        int32_t m, int32_t weight_bytes, const float* coefficients,
-                                        const uint64_t* draws, int32_t updates, uint64_t next_draw, uint64_t seed,
-                                        uint32_t stream, int32_t isa, int32_t threads);
+                                        int32_t m, int32_t weight_bytes, const float* gains,
+                                        const float* coefficients, const uint64_t* draws, int32_t updates,
+                                        uint64_t next_draw, uint64_t seed, uint32_t stream, int32_t isa, int32_t threads);
 
 #ifdef __cplusplus
 }

@@ -13,6 +13,7 @@ bool is_valid(const PolicyStep& call) {
   if (call.weight_bytes != 2 && call.weight_bytes != 4) return false;
   if (call.groups < 0 || call.groups > (int64_t{1} << 32)) return false;
   if (call.stream >= 1u << 30) return false;
+  if (call.gains != nullptr && (call.updates < 2 || call.updates > MASKPRO_MAX_GAIN_DRAWS)) return false;
   if (call.groups == 0) return true;
   if (call.updates > 0 && (call.coefficients == nullptr || call.draws == nullptr)) return false;
   return call.logits != nullptr && (call.masked == nullptr || call.weight != nullptr);
@@ -22,10 +23,10 @@ bool is_valid(const PolicyStep& call) {
 }  // namespace maskpro
 
 int32_t maskpro_policy_step(float* logits, void* masked, const void* weight, int64_t groups, int32_t n, int32_t m,
-                            int32_t weight_bytes, const float* coefficients, const uint64_t* draws, int32_t updates,
-                            uint64_t next_draw, uint64_t seed, uint32_t stream, int32_t isa, int32_t threads) {
-  const maskpro::PolicyStep call{logits, masked,  weight,    groups, n,      m,      weight_bytes, coefficients,
-                                 draws,  updates, next_draw, seed,   stream, threads};
+                            int32_t weight_bytes, const float* gains, const float* coefficients,
+                            const uint64_t* draws, int32_t updates, uint64_t next_draw, uint64_t seed, uint32_t stream, int32_t isa, int32_t threads) {
+  const maskpro::PolicyStep call{logits,       masked, weight,  groups,    n,    m,      weight_bytes, gains,
+                                 coefficients, draws,  updates, next_draw, seed, stream, threads};
   if (!maskpro::is_valid(call)) return MASKPRO_BAD_ARGUMENT;
   if (!maskpro::isa_available(isa)) return MASKPRO_NO_ISA;
   switch (isa) {

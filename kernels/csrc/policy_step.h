@@ -14,6 +14,7 @@ struct PolicyStep {
   int32_t n;
   int32_t m;
   int32_t weight_bytes;
+  const float* gains;         // [groups, m]; or null
   const float* coefficients;  // [updates]
   const uint64_t* draws;      // [updates]
   int32_t updates;

@@ -1,6 +1,7 @@
 // One step of learning masks, as many groups at a time as a vector has lanes:
 //
 //   logits += sum over the updates of  coefficient * d log P(mask of that draw | logits) / d logits
+//             (with gains: times what that draw's mask of the group gains over the others')
 //   masked  = weight where the mask of next_draw keeps it, else 0
 //
 // No mask is stored: draw d of group g is the n largest of  logit + Gumbel noise,  whose noise is Philox at the
@@ -43,15 +44,18 @@ class PolicyLanes {
     float* logits = call_.logits + group * m();
     const char* weight = static_cast<const char*>(call_.weight) + group * m() * call_.weight_bytes;
     char* masked = static_cast<char*>(call_.masked) + group * m() * call_.weight_bytes;
-    if (count == kLanes) return run_whole(group, logits, weight, masked);
+    const float* gains = call_.gains + group * m();
+    if (count == kLanes) return run_whole(group, logits, gains, weight, masked);
+    float some_gains[kLanes * kMaxGroup] = {};
     float some_logits[kLanes * kMaxGroup] = {};
     char some_weight[4 * kLanes * kMaxGroup] = {};
     char some_masked[4 * kLanes * kMaxGroup];
     const size_t elements = static_cast<size_t>(count * m());
     const size_t bytes = elements * static_cast<size_t>(call_.weight_bytes);
     memcpy(some_logits, logits, elements * sizeof(float));
+    if (call_.gains != nullptr) memcpy(some_gains, gains, elements * sizeof(float));
     if (call_.masked != nullptr) memcpy(some_weight, weight, bytes);
-    run_whole(group, some_logits, some_weight, some_masked);
+    run_whole(group, some_logits, some_gains, some_weight, some_masked);
     memcpy(logits, some_logits, elements * sizeof(float));
     if (call_.masked != nullptr) memcpy(masked, some_masked, bytes);
   }
@@ -60,18 +64,25 @@ class PolicyLanes {
   int n() const { return kN ? kN : call_.n; }
   int m() const { return kM ? kM : call_.m; }
 
-  void run_whole(int64_t group, float* logits, const char* weight, char* masked) {
+  void run_whole(int64_t group, float* logits, const float* gains, const char* weight, char* masked) {
     Floats spare[kMaxGroup];
     memcpy(logits_, logits, sizeof(Floats) * static_cast<size_t>(m()));
     rows_to_columns(logits_, spare, m());
     if (call_.updates > 0 && n() < m()) {
       Floats change[kMaxGroup] = {};
+      if (call_.gains != nullptr) gain_of_draws(group, gains);
       for (int32_t update = 0; update < call_.updates; ++update) {
-        draw(group, call_.draws[update]);
-        if constexpr (kN == 2) {
-          add_score_of_pair(call_.coefficients[update], change);
+        Floats coefficient = splat(call_.coefficients[update]);
+        if (call_.gains == nullptr) {
+          draw(group, call_.draws[update]);
         } else {
-          add_score(call_.coefficients[update], change);
+          for (int j = 0; j < m(); ++j) kept_[j] = -(drawn_[update] >> j & 1);
+          coefficient *= advantage_[update];
+        }
+        if constexpr (kN == 2) {
+          add_score_of_pair(coefficient, change);
+        } else {
+          add_score(coefficient, change);
         }
       }
       Floats rows[kMaxGroup];
@@ -89,6 +100,26 @@ class PolicyLanes {
     } else {
       store_masked<Ints>(weight, masked);
     }
+  }
+
+  // drawn_[i] = the columns that draw i keeps, as bits; advantage_[i] = what they gain over the other draws' mean.
+  void gain_of_draws(int64_t group, const float* gains) {
+    Floats gain[kMaxGroup], spare[kMaxGroup];
+    memcpy(gain, gains, sizeof(Floats) * static_cast<size_t>(m()));
+    rows_to_columns(gain, spare, m());
+    Floats total = {};
+    for (int32_t i = 0; i < call_.updates; ++i) {
+      draw(group, call_.draws[i]);
+      drawn_[i] = Ints{};
+      advantage_[i] = Floats{};
+      for (int j = 0; j < m(); ++j) {
+        drawn_[i] -= kept_[j] << j;
+        advantage_[i] += kept_[j] != 0 ? gain[j] : Floats{};
+      }
+      total += advantage_[i];
+    }
+    const float others = static_cast<float>(call_.updates - 1);
+    for (int32_t i = 0; i < call_.updates; ++i) advantage_[i] -= (total - advantage_[i]) / others;
   }
 
   template <class Weights>
@@ -132,7 +163,7 @@ class PolicyLanes {
   }
 
   // add_score() for two kept columns a and b: the only ways are a then b, and b then a.
-  void add_score_of_pair(float coefficient, Floats* change) const {
+  void add_score_of_pair(Floats coefficient, Floats* change) const {
     Floats a = {}, b = {};
     Ints seen = {};
     Floats dropped_max = splat(-3.4e38f);
@@ -171,7 +202,7 @@ class PolicyLanes {
       gradient = (kept_[j] & ~seen) != 0 ? gradient_a : gradient;
       gradient = (kept_[j] & seen) != 0 ? gradient_b : gradient;
       seen |= kept_[j];
-      change[j] = fma(gradient, splat(coefficient), change[j]);
+      change[j] = fma(gradient, coefficient, change[j]);
     }
   }
 
@@ -188,7 +219,7 @@ class PolicyLanes {
   }
 
   // change += coefficient * d log P(kept_) / d logits.
-  void add_score(float coefficient, Floats* change) {
+  void add_score(Floats coefficient, Floats* change) {
     Floats kept[kMaxGroup] = {};
     Ints rank[kMaxGroup];  // among the kept columns, where kept
     Ints count = {};
@@ -282,6 +313,8 @@ class PolicyLanes {
   Floats* log_rest_;
   Floats logits_[kMaxGroup];
   Ints kept_[kMaxGroup];
+  Ints drawn_[MASKPRO_MAX_GAIN_DRAWS];
+  Floats advantage_[MASKPRO_MAX_GAIN_DRAWS];
 };
 
 template <int kN, int kM>

@@ -80,7 +80,7 @@ def library() -> ctypes.CDLL:
     lib.maskpro_nm_linear.restype = i32
     u32, u64 = ctypes.c_uint32, ctypes.c_uint64
     lib.maskpro_policy_step.argtypes = (
-        [pointer] * 3 + [i64] + [i32] * 3 + [pointer] * 2 + [i32, u64, u64, u32, i32, i32]
+        [pointer] * 3 + [i64] + [i32] * 3 + [pointer] * 3 + [i32, u64, u64, u32, i32, i32]
     )
     lib.maskpro_policy_step.restype = i32
     return lib
@@ -140,7 +140,7 @@ def nm_linear(
 
 
 def policy_step(
-    logits: Tensor, weight: Tensor | None, masked: Tensor | None, n: int, m: int,
+    logits: Tensor, weight: Tensor | None, masked: Tensor | None, gains: Tensor | None, n: int, m: int,
     updates: Sequence[tuple[float, int]], next_draw: int, seed: int, stream: int, isa: str, threads: int,
 ) -> None:  # fmt: skip
     """Calls the native kernel; arguments were checked by :mod:`maskpro_kernels.policy_step`.
@@ -149,6 +149,7 @@ def policy_step(
         logits: float32, contiguous, whose elements are groups of m; updated.
         weight: as many elements of 2 or 4 bytes, contiguous; None with masked.
         masked: the same, written; None to update only.
+        gains: float32, as many elements, contiguous; or None.
         n: kept weights per group.
         m: group size.
         updates: (coefficient, draw) of every update.
@@ -169,6 +170,7 @@ def policy_step(
         n,
         m,
         2 if weight is None else weight.element_size(),
+        None if gains is None else gains.data_ptr(),
         coefficients,
         draws,
         count,

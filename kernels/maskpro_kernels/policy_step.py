@@ -22,6 +22,10 @@ SUPPORTED_M = (4, 8, 16)
 """Larger groups have too many subsets for an exact score."""
 
 
+MAX_GAIN_DRAWS = 16
+"""Draws of one group that can be compared by their gains."""
+
+
 @torch.no_grad()
 def policy_step(
     logits: Tensor,
@@ -30,6 +34,7 @@ def policy_step(
     seed: int,
     stream: int,
     updates: Sequence[tuple[float, int]] = (),
+    gains: Tensor | None = None,
     weight: Tensor | None = None,
     masked: Tensor | None = None,
     next_draw: int = 0,
@@ -42,6 +47,8 @@ def policy_step(
         seed: of the whole run, 64 bits.
         stream: tells layers apart, below 2^30.
         updates: (coefficient, draw), all scored at the logits as they are given.
+        gains: float32 of the same shape, or None: what each weight is worth where it is kept. A group's coefficient is
+            then multiplied by what its mask of that draw gains over the other draws' on average; 2 to 16 updates.
         weight: dense weight of the same shape, 2 or 4 bytes an element, contiguous.
         masked: what the model computes with: same shape and dtype, contiguous. None only updates.
         next_draw: number of the draw that ``masked`` gets, 64 bits.
@@ -53,11 +60,19 @@ def policy_step(
     Source: MaskPro (arXiv:2506.12876), equation of the policy gradient; Philox (Salmon et al., SC 2011).
     """
     _check(logits, pattern, weight, masked)
+    if gains is not None:
+        if gains.dtype != torch.float32 or gains.shape != logits.shape or not gains.is_contiguous():
+            raise ValueError(
+                f"policy_step: expected contiguous float32 gains of shape {tuple(logits.shape)}, found {gains.dtype} "
+                f"{tuple(gains.shape)}"
+            )
+        if not 2 <= len(updates) <= MAX_GAIN_DRAWS:
+            raise ValueError(f"policy_step: gains compare 2 to {MAX_GAIN_DRAWS} draws, found {len(updates)}")
     for coefficient, _ in updates:
         if not abs(coefficient) < float("inf"):
             raise ValueError(f"policy_step: an update's coefficient is {coefficient}")
     _cpu.policy_step(
-        logits, weight, masked, pattern.n, pattern.m, updates, next_draw, seed, stream,
+        logits, weight, masked, gains, pattern.n, pattern.m, updates, next_draw, seed, stream,
         _cpu.available_isas()[0], torch.get_num_threads(),
     )  # fmt: skip
 

@@ -17,12 +17,12 @@ ISAS = ("avx512", "avx2", "portable")
 PATTERNS = st.sampled_from([4, 8]).flatmap(lambda m: st.builds(NMPattern, st.integers(1, m), st.just(m)))
 
 
-def run(logits, pattern, *, isa, threads=1, updates=(), draw=0, seed=1, stream=0, dtype=torch.float32):
+def run(logits, pattern, *, isa, threads=1, updates=(), gains=None, draw=0, seed=1, stream=0, dtype=torch.float32):
     """New logits, and the mask of the next draw."""
     logits = logits.clone()
     weight = torch.ones(logits.shape, dtype=dtype)
     masked = torch.full_like(weight, 7)
-    _cpu.policy_step(logits, weight, masked, pattern.n, pattern.m, updates, draw, seed, stream, isa, threads)
+    _cpu.policy_step(logits, weight, masked, gains, pattern.n, pattern.m, updates, draw, seed, stream, isa, threads)
     assert bool(((masked == 0) | (masked == 1)).all()), "an element was not written"
     return logits, masked != 0
 
@@ -92,11 +92,34 @@ def test_update_adds_the_score_of_each_draw(isa, pattern, shape, scale, seed, dr
     torch.testing.assert_close(updated.double(), logits.double() + expected, rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@given(pattern=PATTERNS, groups=st.integers(1, 40), count=st.integers(2, 16), seed=st.integers(0, 2**32))
+@settings(deadline=None, max_examples=60)
+def test_gains_weigh_each_group_by_what_its_draw_gains_over_the_others(isa, pattern, groups, count, seed):
+    if isa not in _cpu.available_isas():
+        pytest.skip(f"this machine has no {isa}")
+    generator = torch.Generator().manual_seed(seed)
+    logits = 2 * torch.randn((3, groups * pattern.m), generator=generator)
+    gains = torch.randn(logits.shape, generator=generator)
+    masks = [run(logits, pattern, isa=isa, draw=draw, seed=seed)[1].reshape(-1, pattern.m) for draw in range(count)]
+    gained = torch.stack([(gains.double().reshape(-1, pattern.m) * mask).sum(1) for mask in masks])
+    expected = torch.zeros_like(logits, dtype=torch.float64).reshape(-1, pattern.m)
+    for mask, own in zip(masks, gained, strict=True):
+        advantage = own - (gained.sum(0) - own) / (count - 1)
+        expected += 0.5 * advantage.unsqueeze(1) * score(logits.double().reshape(-1, pattern.m), mask)
+    updates = [(0.5, draw) for draw in range(count)]
+    updated, _ = run(logits, pattern, isa=isa, updates=updates, gains=gains, seed=seed)
+    difference = (updated.double() - logits.double()).reshape(-1, pattern.m) - expected
+    assert float(difference.abs().max()) < 2e-5 * count
+
+
 @given(pattern=PATTERNS, rows=st.integers(1, 9), groups=st.integers(1, 60), seed=st.integers(0, 2**32))
 @settings(deadline=None, max_examples=60)
 def test_every_instruction_set_and_number_of_threads_gives_the_same_bits(pattern, rows, groups, seed):
     logits = 6 * torch.randn(rows, groups * pattern.m)
     arguments = {"updates": [(0.3, 5), (-2.0, 6)], "draw": 11, "seed": seed, "stream": 3}
+    if seed % 2:
+        arguments["gains"] = torch.randn(logits.shape)
     expected = run(logits, pattern, isa="portable", **arguments)
     for isa in _cpu.available_isas():
         for threads in (1, 3):
@@ -148,6 +171,8 @@ def test_extreme_logits_stay_finite(value):
         ({"weight": None}, "weight of shape"),
         ({"weight": torch.zeros(2, 16).bfloat16()}, "of one dtype"),
         ({"updates": [(math.nan, 0)]}, "coefficient is nan"),
+        ({"gains": torch.zeros(2, 16), "updates": [(1.0, 0)]}, "compare 2 to 16 draws, found 1"),
+        ({"gains": torch.zeros(2, 8), "updates": [(1.0, 0)] * 2}, r"gains of shape \(2, 16\)"),
     ],
     ids=str,
 )
