@@ -46,10 +46,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     learning = parser.add_argument_group("learning (MaskPro; without --steps the initial mask is the result)")
     learning.add_argument("--steps", type=int, default=0, help="updates of the mask distribution (default 0)")
     learning.add_argument("--estimator", choices=ESTIMATORS, default="smoothed", help="(default smoothed)")
-    learning.add_argument("--learning-rate", type=float, default=50.0, help="eta (default 50)")
-    learning.add_argument("--initial-logit", type=float, default=10.0, help="of the initial mask (default 10)")
+    learning.add_argument("--learning-rate", type=float, help="eta (default 50; 0.5 for first-order)")
+    learning.add_argument("--initial-logit", type=float, help="of the initial mask (default 10; 3 for first-order)")
     learning.add_argument("--smoothing", type=float, default=0.99, help="alpha of the tracker (default 0.99)")
-    learning.add_argument("--masks-per-batch", type=int, default=2, help="of leave-one-out (default 2)")
+    learning.add_argument("--draws", type=int, help="masks compared: leave-one-out 2, first-order 8")
     learning.add_argument("--minibatch", type=int, default=32, help="blocks of text in a step (default 32)")
     learning.add_argument("--checkpoint-minutes", type=float, default=10.0, help="between checkpoints (default 10)")
     parser.add_argument("--seed", type=int, default=0, help="of the calibration blocks, the random mask and the draws")
@@ -71,8 +71,9 @@ def provenance(options: argparse.Namespace, method: str) -> dict[str, str]:
         "seed": str(options.seed),
     }
     if options.steps:
-        settings = ("estimator", "learning_rate", "initial_logit", "smoothing", "minibatch")
-        entries |= {"method": f"maskpro from {method}"} | {name: str(getattr(options, name)) for name in settings}
+        entries |= {"method": f"maskpro from {method}"}
+        names = ("estimator", "learning_rate", "initial_logit", "draws", "smoothing", "minibatch")
+        entries |= {name: str(getattr(options, name)) for name in names if getattr(options, name) is not None}
     if method in CALIBRATED_METHODS or options.steps:
         files = (f"{path.name} sha256:{file_sha256(path)}" for path in options.calibration)
         entries |= {"calibration": ", ".join(files), "samples": str(options.samples), "length": str(options.length)}
@@ -187,7 +188,7 @@ def _learn_config(options: argparse.Namespace, pattern: NMPattern) -> LearnConfi
         raise LearnerError(f"--steps: learning runs on the CPU only so far, found --device {options.device}")
     return LearnConfig(
         pattern, options.steps, options.estimator, options.learning_rate, options.initial_logit, options.smoothing,
-        options.masks_per_batch, options.minibatch, options.batch, options.seed,
+        options.draws, options.minibatch, options.batch, options.seed,
     )  # fmt: skip
 
 

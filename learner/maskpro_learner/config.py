@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from maskpro_kernels import NMPattern
-from maskpro_kernels.policy_step import SUPPORTED_M
+from maskpro_kernels.policy_step import MAX_GAIN_DRAWS, SUPPORTED_M
 from maskpro_learner.errors import LearnerError
-from maskpro_learner.estimator import ESTIMATORS
+from maskpro_learner.estimator import DEFAULTS, ESTIMATORS, Settings
 
 
 @dataclass(frozen=True)
 class LearnConfig:
-    """What :func:`maskpro_learner.learn_masks` does; the defaults are the paper's (MaskPro, section 6).
+    """What :func:`maskpro_learner.learn_masks` does; the defaults are the paper's (MaskPro, section 6), and
+    what None stands for is the estimator's (:data:`maskpro_learner.estimator.DEFAULTS`).
 
     Attributes:
         pattern: N of every M weights are kept; M is 4, 8 or 16.
@@ -21,7 +22,7 @@ class LearnConfig:
         learning_rate: eta.
         initial_logit: logits of the initial mask's weights; the others' are 0.
         smoothing: alpha of the moving-average tracker.
-        masks_per_batch: masks tried on one minibatch (leave-one-out only; the others try one).
+        draws: masks that are compared: whole ones on a minibatch (leave-one-out), or of each group (first-order).
         minibatch: blocks of calibration text in a step.
         batch: of those, how many run through the model at once; memory only.
         seed: of the draws and of the order of the text. A run is a function of it.
@@ -30,10 +31,10 @@ class LearnConfig:
     pattern: NMPattern
     steps: int
     estimator: str = "smoothed"
-    learning_rate: float = 50.0
-    initial_logit: float = 10.0
+    learning_rate: float | None = None
+    initial_logit: float | None = None
     smoothing: float = 0.99
-    masks_per_batch: int = 2
+    draws: int | None = None
     minibatch: int = 32
     batch: int = 8
     seed: int = 0
@@ -43,15 +44,26 @@ class LearnConfig:
             raise LearnerError(f"learning: expected groups of {SUPPORTED_M}, found pattern {self.pattern}")
         if self.estimator not in ESTIMATORS:
             raise LearnerError(f"learning: estimator: expected one of {', '.join(ESTIMATORS)}, found {self.estimator}")
-        for name in ("steps", "masks_per_batch", "minibatch", "batch"):
+        for name in ("steps", "minibatch", "batch"):
             if getattr(self, name) < 1:
                 raise LearnerError(f"learning: {name}: expected at least 1, found {getattr(self, name)}")
-        if self.estimator == "leave-one-out" and self.masks_per_batch < 2:
+        used = self.settings()
+        least = 1 if DEFAULTS[self.estimator].draws == 1 else 2
+        if not least <= used.draws <= MAX_GAIN_DRAWS:
             raise LearnerError(
-                "learning: leave-one-out compares masks: expected masks_per_batch of at least 2, found 1"
+                f"learning: draws: {self.estimator} compares {least} to {MAX_GAIN_DRAWS}, found {used.draws}"
             )
-        if not 0 <= self.smoothing < 1 or not self.learning_rate > 0:
+        if not 0 <= self.smoothing < 1 or not used.learning_rate > 0:
             raise LearnerError(
                 f"learning: expected 0 <= smoothing < 1 and learning_rate > 0, found {self.smoothing} and "
-                f"{self.learning_rate}"
+                f"{used.learning_rate}"
             )
+
+    def settings(self) -> Settings:
+        """Learning rate, initial logit and draws, those left open filled in."""
+        default = DEFAULTS[self.estimator]
+        return Settings(
+            learning_rate=default.learning_rate if self.learning_rate is None else self.learning_rate,
+            initial_logit=default.initial_logit if self.initial_logit is None else self.initial_logit,
+            draws=default.draws if self.draws is None else self.draws,
+        )

@@ -50,18 +50,53 @@ class MaskedModel:
         """How many weights have a logit."""
         return sum(logits.numel() for logits in self.logits.values())
 
-    def step(self, updates: Sequence[tuple[float, int]], next_draw: int) -> None:
+    def step(
+        self, updates: Sequence[tuple[float, int]], next_draw: int, gains: Mapping[str, Tensor] | None = None
+    ) -> None:
         """Updates the logits by draws of now, then gives every linear the mask of the next draw.
 
         Args:
             updates: (coefficient, draw), the draws made from the logits as they are.
             next_draw: the number of the mask to compute with.
+            gains: by module name, what each weight is worth where it is kept: scores every group by itself.
         """
         for stream, (name, linear) in enumerate(self.linears.items()):
             policy_step(
                 self.logits[name], self.pattern, seed=self._seed, stream=stream, updates=updates,
+                gains=None if gains is None else gains[name],
                 weight=self.dense[name], masked=linear.weight.data, next_draw=next_draw,
             )  # fmt: skip
+
+    def backward(self, model: nn.Module, blocks: Tensor, scale: int) -> float:
+        """Adds the gradient of a batch's summed loss over ``scale`` to the masked weights; returns the summed loss."""
+        weights = [linear.weight for linear in self.linears.values()]
+        for weight in weights:
+            weight.requires_grad_(True)
+        try:
+            with torch.enable_grad():
+                logits = model(input_ids=blocks[:, :-1], use_cache=False).logits
+                loss = nn.functional.cross_entropy(
+                    logits.float().flatten(0, 1), blocks[:, 1:].flatten(), reduction="sum"
+                )
+                (loss / scale).backward()
+        finally:
+            for weight in weights:
+                weight.requires_grad_(False)
+        return float(loss.detach())
+
+    def gains(self) -> dict[str, Tensor]:
+        """-g w for every weight, from the gradients g that a backward pass left, which are taken away.
+
+        Each layer's are divided by their root mean square. The gradient with respect to a masked weight is there for
+        dropped weights too: what it would have been worth to keep them.
+        """
+        found = {}
+        for name, linear in self.linears.items():
+            assert linear.weight.grad is not None
+            gain = linear.weight.grad.mul_(self.dense[name]).float()
+            linear.weight.grad = None
+            found[name] = gain.mul_(-1 / max(float(gain.norm()) / gain.numel() ** 0.5, 1e-30))
+        return found
 
     def masks(self) -> dict[str, Tensor]:
         """The most likely mask of every linear, by parameter name; ties go to the lower column."""
@@ -71,6 +106,7 @@ class MaskedModel:
         """Gives the linears their dense weights back."""
         for name, linear in self.linears.items():
             linear.weight.data = self.dense[name]
+            linear.weight.grad = None
 
 
 @contextmanager

@@ -87,7 +87,9 @@ def learn_masks(
     if unknown:
         raise LearnerError(f"initial mask: {unknown[0]}: the model has no such prunable layer")
     learning = {name: linear for name, linear in linears.items() if f"{name}.weight" in masks}
-    with masked(learning, masks, config.pattern, initial_logit=config.initial_logit, seed=config.seed) as policy:
+    with masked(
+        learning, masks, config.pattern, initial_logit=config.settings().initial_logit, seed=config.seed
+    ) as policy:
         run = _Run(model, tokens, policy, config)
         if checkpoint is not None and checkpoint.exists():
             run.resume(checkpoint)
@@ -113,8 +115,9 @@ class _Run:
     def __init__(self, model: PreTrainedModel, tokens: Tensor, policy: MaskedModel, config: LearnConfig) -> None:
         self.done = 0
         self._model, self._tokens, self._policy, self._config = model, tokens, policy, config
+        settings = config.settings()
         self._estimator: Estimator = make_estimator(
-            config.estimator, config.learning_rate, config.smoothing, config.masks_per_batch
+            config.estimator, settings.learning_rate, config.smoothing, settings.draws
         )
         # The weights are frozen, so one pass over the text gives f_0 of every minibatch there will be.
         self._initial = torch.tensor([self._loss(tokens[i : i + 1]) for i in range(len(tokens))], dtype=torch.float64)
@@ -129,18 +132,20 @@ class _Run:
         for k in range(count):
             if k > 0:
                 self._policy.step([], self._draw(k))
-            losses.append(self._loss(self._tokens[chosen]))
+            losses.append(self._loss(self._tokens[chosen], backward=self._estimator.group_draws > 0))
         initial = float(self._initial[chosen].mean())
         coefficients = self._estimator.coefficients(losses, initial)
-        updates = [(coefficient, self._draw(k)) for k, coefficient in enumerate(coefficients)]
+        scored = count if self._estimator.group_draws else 0  # the draws after those tried, or those
+        updates = [(coefficient, self._draw(scored + k)) for k, coefficient in enumerate(coefficients)]
+        gains = self._policy.gains() if self._estimator.group_draws else None
         self.done += 1
-        self._policy.step(updates, self._draw(0))
+        self._policy.step(updates, self._draw(0), gains)
         loss = sum(losses) / count
         return Step(self.done, loss, loss - initial, self._estimator.tracker, time.monotonic() - begin)
 
     def _draw(self, k: int) -> int:
         """The number of mask k of the step that is next."""
-        return self.done * self._estimator.masks_per_batch + k
+        return self.done * (self._estimator.masks_per_batch + self._estimator.group_draws) + k
 
     def _minibatch(self) -> Tensor:
         """Indices of blocks: without repetition within an epoch's worth where there are enough."""
@@ -150,11 +155,16 @@ class _Run:
             return torch.randperm(len(self._tokens), generator=generator)[:size]
         return torch.randint(len(self._tokens), (size,), generator=generator)
 
-    def _loss(self, blocks: Tensor) -> float:
+    def _loss(self, blocks: Tensor, *, backward: bool = False) -> float:
+        """Mean loss per token; backward also leaves its gradient in the learning weights."""
+        predicted = blocks.shape[0] * (blocks.shape[1] - 1)
         total = 0.0
         for part in blocks.split(self._config.batch):
-            total += summed_loss(self._model, part[:, :-1], part[:, 1:])
-        loss = total / (blocks.shape[0] * (blocks.shape[1] - 1))
+            if backward:
+                total += self._policy.backward(self._model, part, predicted)
+            else:
+                total += summed_loss(self._model, part[:, :-1], part[:, 1:])
+        loss = total / predicted
         if not math.isfinite(loss):
             raise LearnerError(f"step {self.done + 1}: the loss is {loss}: lower --learning-rate, or --dtype float32")
         return loss
@@ -193,7 +203,7 @@ class _Run:
 
     def _identity(self) -> str:
         """Settings, shapes, text and initial losses: what two runs share if and only if one can go on as the other."""
-        settings = asdict(self._config) | {"pattern": str(self._config.pattern)}
+        settings = asdict(self._config) | asdict(self._config.settings()) | {"pattern": str(self._config.pattern)}
         settings.pop("steps")  # a longer run may go on from a shorter one
         shapes = {name: list(logits.shape) for name, logits in self._policy.logits.items()}
         text = [int(self._tokens.sum()), list(self._tokens.shape)]

@@ -20,13 +20,14 @@ PATTERN = NMPattern(2, 4)
 
 
 def test_estimators_follow_their_formulas():
-    vanilla, residual, smoothed, leave_one_out = (make_estimator(name, 2.0, 0.75, 3) for name in ESTIMATORS)
+    vanilla, residual, smoothed, leave_one_out, first_order = (make_estimator(n, 2.0, 0.75, 4) for n in ESTIMATORS)
     assert vanilla.coefficients([5.0], 4.0) == [-10.0]
     assert residual.coefficients([5.0], 4.0) == [-2.0]
     assert smoothed.coefficients([5.0], 4.0) == [-2.0 * (1 - 0.25)]
     assert smoothed.tracker == 0.25
     assert smoothed.coefficients([3.0], 4.0) == [-2.0 * (-1 - (0.75 * 0.25 - 0.25))]
     assert leave_one_out.coefficients([1.0, 2.0, 6.0], 0.0) == pytest.approx([2.0, 1.0, -3.0])
+    assert first_order.coefficients([5.0], 4.0) == [0.5] * 4
     assert sum(leave_one_out.coefficients([0.3, 0.1, 0.7], 9.0)) == pytest.approx(0)
 
 
@@ -70,7 +71,7 @@ def tiny() -> tuple[LlamaForCausalLM, torch.Tensor]:
     return model, torch.randint(0, 64, (12, 16))
 
 
-CONFIG = LearnConfig(PATTERN, steps=9, minibatch=4, batch=3, learning_rate=5.0, initial_logit=2.0)
+CONFIG = LearnConfig(PATTERN, steps=9, minibatch=4, batch=3, learning_rate=5.0, initial_logit=2.0, draws=4)
 
 
 def magnitude(model):
@@ -99,7 +100,7 @@ def test_a_run_is_a_function_of_its_seed_and_leaves_the_model_alone(tiny, estima
         assert torch.equal(p, before[name])
 
 
-@pytest.mark.parametrize("estimator", ["smoothed", "leave-one-out"])
+@pytest.mark.parametrize("estimator", ["smoothed", "leave-one-out", "first-order"])
 @pytest.mark.parametrize("stops", [(1,), (3, 4), (2, 5, 8)])
 def test_a_stopped_run_goes_on_bit_for_bit(tiny, tmp_path, estimator, stops):
     config = dataclasses.replace(CONFIG, estimator=estimator, learning_rate=200.0)
@@ -154,7 +155,8 @@ def test_a_loss_that_is_not_finite_is_named(tiny):
         ({"pattern": NMPattern(2, 32)}, "expected groups of"),
         ({"estimator": "best"}, "expected one of vanilla, residual"),
         ({"steps": 0}, "steps: expected at least 1, found 0"),
-        ({"estimator": "leave-one-out", "masks_per_batch": 1}, "at least 2, found 1"),
+        ({"estimator": "leave-one-out", "draws": 1}, "compares 2 to 16, found 1"),
+        ({"estimator": "first-order", "draws": 17}, "compares 2 to 16, found 17"),
         ({"smoothing": 1.0}, "smoothing < 1"),
     ],
     ids=str,
