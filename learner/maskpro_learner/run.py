@@ -44,7 +44,7 @@ class Interrupted(Exception):  # noqa: N818  (no error: the run was asked to sto
         self.signal = number
 
 
-class _StopRequest:
+class StopRequest:
     """The last SIGINT or SIGTERM, if there was one."""
 
     def __init__(self) -> None:
@@ -86,7 +86,7 @@ def run_learning(
         Interrupted: SIGINT or SIGTERM came; the checkpoint is written.
         LearnerError, CalibrationError, OSError: as learn_masks; the last checkpoint is intact.
     """
-    stop = _StopRequest()
+    stop = StopRequest()
     columns = (
         TextColumn(f"maskpro {config.pattern}"),
         BarColumn(),
