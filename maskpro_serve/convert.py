@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from maskpro_kernels import NMPattern, NMWeight, pack, read_masks
+from maskpro_kernels import LowRank, NMPattern, NMWeight, RecoveryFile, pack, read_masks, read_recovery, recovered
 from maskpro_kernels.files import temporary_sibling
 from maskpro_kernels.packing import WEIGHT_DTYPES, magnitude_mask
 from maskpro_serve.checkpoint import (
@@ -57,23 +58,25 @@ def convert(
     *,
     mask: str | os.PathLike[str] | None = None,
     pattern: NMPattern | None = None,
+    recovery: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> ConversionReport:
-    """Packs every linear that the mask names; every kept weight is copied bit for bit.
+    """Packs every linear that the mask names; every kept weight is copied bit for bit, unless there is a recovery.
 
     Args:
         model: a dense Hugging Face folder with safetensors weights.
         output: the folder to write; must not exist. It appears whole or not at all.
         mask: a mask file. None packs the linears that already satisfy ``pattern`` by their zeros.
         pattern: required without a mask; with one, must agree with it.
+        recovery: a recovery file made with this mask: its low-rank updates are merged into the kept weights.
         progress: draw a progress bar on stderr.
 
     Returns:
         What was packed and what stayed dense.
 
     Raises:
-        CheckpointError: the model, the mask or the two together are wrong; names file and tensor.
-        MaskFileError: the mask file is.
+        CheckpointError: the model, the mask, the recovery or these together are wrong; names file and tensor.
+        MaskFileError, RecoveryFileError: the mask file or the recovery file is.
         FileExistsError: ``output`` exists.
 
     Memory: the largest safetensors file of the model and its packed form, and a byte per weight of the masks.
@@ -87,11 +90,12 @@ def convert(
     headers = read_headers(source)
     masks, chosen, provenance = _masks(mask, pattern)
     if masks is not None:
-        _check_names(headers, masks, Path(str(mask)))
+        _check_shapes(headers, {name: tuple(each.shape) for name, each in masks.items()}, Path(str(mask)), "mask")
+    updates = _recovery(recovery, mask, headers, provenance)
     linears = set(_linear_weights(source, headers))
     if masks is not None and (others := sorted(masks.keys() - linears)):
         raise CheckpointError(f"{mask}: {others[0]}: expected masks of the decoder's linear layers only, this is none")
-    writer = _Writer(chosen, masks, linears)
+    writer = _Writer(chosen, masks, linears, updates)
     with temporary_sibling(target) as folder:
         _copy_other_files(source, folder)
         with _progress_bar(len(headers), enabled=progress) as advance:
@@ -122,10 +126,13 @@ def convert(
 class _Writer:
     """Turns dense tensors into packed ones, and keeps count."""
 
-    def __init__(self, pattern: NMPattern, masks: dict[str, Tensor] | None, linears: set[str]) -> None:
+    def __init__(
+        self, pattern: NMPattern, masks: dict[str, Tensor] | None, linears: set[str], updates: dict[str, LowRank]
+    ) -> None:
         self.pattern = pattern
         self.masks = masks
         self.linears = linears
+        self.updates = updates
         self.packed: list[str] = []
         self.dense: dict[str, str] = {}
         self.packed_bytes = 0
@@ -163,6 +170,8 @@ class _Writer:
         elif (mask := self.masks.get(name)) is None:  # type: ignore[assignment]
             self.dense[prefix] = "the mask file has no mask for it"
             return None
+        if (update := self.updates.get(name)) is not None:
+            tensor = recovered(tensor, mask, update)
         try:
             return pack(tensor, self.pattern, mask)
         except ValueError as error:
@@ -182,16 +191,36 @@ def _masks(
     return file.masks, file.pattern, dict(file.provenance)
 
 
-def _check_names(headers: dict[str, TensorInfo], masks: dict[str, Tensor], file: Path) -> None:
-    """Every mask must have its weight, of its shape, before anything is written."""
-    for name, mask in masks.items():
+def _recovery(
+    recovery: str | os.PathLike[str] | None,
+    mask: str | os.PathLike[str] | None,
+    headers: dict[str, TensorInfo],
+    provenance: dict[str, Any],
+) -> dict[str, LowRank]:
+    """The updates of a recovery file, which must have been made with the very mask file; adds to the provenance."""
+    if recovery is None:
+        return {}
+    if mask is None:
+        raise CheckpointError(f"{recovery}: a recovery needs the mask file that it was made with: give --mask")
+    file: RecoveryFile = read_recovery(Path(recovery))
+    made_with, found = file.provenance.get("mask_sha256"), hashlib.sha256(Path(mask).read_bytes()).hexdigest()
+    if made_with not in (None, found):
+        raise CheckpointError(f"{recovery}: mask_sha256: expected {found}, the one of {mask}, found {made_with}")
+    _check_shapes(headers, {name: update.shape for name, update in file.updates.items()}, Path(recovery), "update")
+    provenance["recovery"] = dict(file.provenance)
+    return file.updates
+
+
+def _check_shapes(headers: dict[str, TensorInfo], shapes: dict[str, tuple[int, ...]], file: Path, what: str) -> None:
+    """Every mask or update must have its weight, of its shape, before anything is written."""
+    for name, shape in shapes.items():
         info = headers.get(name)
         if info is None:
-            raise CheckpointError(f"{file}: {name}: the model has no such weight; was the mask made for another model?")
-        if info.shape != tuple(mask.shape):
             raise CheckpointError(
-                f"{file}: {name}: expected shape {info.shape} from {info.file}, found {tuple(mask.shape)}"
+                f"{file}: {name}: the model has no such weight; was the {what} made for another model?"
             )
+        if info.shape != shape:
+            raise CheckpointError(f"{file}: {name}: expected shape {info.shape} from {info.file}, found {shape}")
 
 
 def _linear_weights(folder: Path, headers: dict[str, TensorInfo]) -> Iterator[str]:

@@ -16,6 +16,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="dense model folder (safetensors)")
     parser.add_argument("--mask", type=Path, metavar="FILE", help="mask file; without it the model's own zeros count")
+    parser.add_argument("--recovery", type=Path, metavar="FILE", help="recovery file made with this mask")
     parser.add_argument("--pattern", metavar="N:M", help="kept:group, such as 2:4; required without --mask")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to write; must not exist")
     return parser
@@ -29,8 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         pattern = NMPattern.parse(arguments.pattern) if arguments.pattern else None
         report = convert(
-            arguments.model, arguments.output, mask=arguments.mask, pattern=pattern, progress=sys.stderr.isatty()
-        )
+            arguments.model, arguments.output, mask=arguments.mask, pattern=pattern, recovery=arguments.recovery,
+            progress=sys.stderr.isatty(),
+        )  # fmt: skip
     except (ValueError, OSError, ImportError) as error:
         print(f"maskpro-pack: {error}", file=sys.stderr)
         return 2

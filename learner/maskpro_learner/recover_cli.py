@@ -1,0 +1,189 @@
+"""``maskpro-recover``: trains the low-rank recovery of a masked model and writes a recovery file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from maskpro_kernels import LowRank, MaskFile, read_masks, read_recovery, write_recovery
+from maskpro_learner.calibration import calibration_blocks
+from maskpro_learner.checkpoints import check_model, file_sha256, load_model, load_tokenizer, weights_sha256
+from maskpro_learner.errors import LearnerError
+from maskpro_learner.progress import progress_bar, quiet_transformers
+from maskpro_learner.recovery import DistillStep, RecoverConfig, distill, reconstruct
+from maskpro_learner.run import Interrupted, StopRequest
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; argparse exits with code 2 on a bad one."""
+    default = RecoverConfig()
+    parser = argparse.ArgumentParser(prog="maskpro-recover", description=(__doc__ or "").partition(": ")[2])
+    parser.add_argument("--model", required=True, help="dense model: a Hugging Face folder or hub id")
+    parser.add_argument("--mask", required=True, type=Path, help="mask file of this model")
+    parser.add_argument("--output", required=True, type=Path, help="recovery file to write, .safetensors")
+    parser.add_argument(
+        "--start", type=Path, metavar="FILE", help="go on from this recovery file, instead of the block by block fit"
+    )
+    parser.add_argument("--rank", type=int, default=default.rank, help=f"of the updates (default {default.rank})")
+    data = parser.add_argument_group("calibration")
+    data.add_argument(
+        "--calibration", nargs="+", type=Path, required=True, metavar="FILE",
+        help=".txt, or .jsonl with text, prefix and gold_completion, or messages; several files share the samples",
+    )  # fmt: skip
+    data.add_argument("--samples", type=int, default=64, help="blocks of text for the block by block fit (default 64)")
+    data.add_argument("--length", type=int, default=256, help="tokens of a block (default 256)")
+    data.add_argument("--batch", type=int, default=default.batch, help=f"blocks run at once (default {default.batch})")
+    training = parser.add_argument_group("distillation from the dense model")
+    training.add_argument("--steps", type=int, default=default.steps, help=f"(default {default.steps}; 0: none)")
+    training.add_argument("--minibatch", type=int, default=default.minibatch, help="blocks of text in a step")
+    training.add_argument(
+        "--distill-samples", type=int, metavar="N", help="blocks of text (default: one pass, steps * minibatch)"
+    )
+    training.add_argument("--learning-rate", type=float, default=default.learning_rate, help="relative to the factors")
+    training.add_argument("--checkpoint-minutes", type=float, default=10.0, help="between checkpoints (default 10)")
+    parser.add_argument("--seed", type=int, default=0, help="of the blocks and their order")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args(argv)
+
+
+def recover(options: argparse.Namespace, console: Console) -> None:
+    """Runs the command.
+
+    Raises:
+        ValueError, OSError: an input that cannot be used; the message is one sentence.
+        Interrupted: a signal came; the checkpoint is written.
+    """
+    config = RecoverConfig(
+        options.rank, options.steps, options.learning_rate, options.minibatch, options.batch, options.seed
+    )
+    if not options.output.parent.is_dir():
+        raise LearnerError(f"{options.output}: its folder does not exist")
+    check_model(options.model)
+    file = read_masks(options.mask)
+    tokenizer = load_tokenizer(options.model)
+    model = load_model(options.model, torch.float32, options.device)
+
+    text: Tensor | None = None
+    if config.steps:  # read before anything slow, so that too little text is known at once
+        blocks = options.distill_samples or config.steps * config.minibatch
+        text = calibration_blocks(
+            options.calibration, tokenizer, samples=blocks, length=options.length, seed=options.seed + 1
+        )
+    updates = _start(options, model, tokenizer, file)
+    steps: list[DistillStep] = []
+    if text is not None:
+        updates, steps = _distill(options, config, model, text, file, updates)
+    write_recovery(options.output, updates, provenance=_provenance(options, config))
+    console.print(_summary(options.output, updates, steps))
+
+
+def _start(
+    options: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file: MaskFile
+) -> dict[str, LowRank]:
+    if options.start is not None:
+        return read_recovery(options.start).updates
+    tokens = calibration_blocks(
+        options.calibration, tokenizer, samples=options.samples, length=options.length, seed=options.seed
+    )
+    with progress_bar("block by block", len(file.masks)) as advance:
+        return reconstruct(
+            model, tokens, file.masks, file.pattern, options.rank, batch=options.batch, advance=advance
+        )  # fmt: skip
+
+
+def _distill(
+    options: argparse.Namespace, config: RecoverConfig, model: PreTrainedModel, tokens: Tensor, file: MaskFile,
+    updates: dict[str, LowRank],
+) -> tuple[dict[str, LowRank], list[DistillStep]]:  # fmt: skip
+    """Distillation at a terminal: progress, a line a step in the log, checkpoints, a stop that loses nothing."""
+    checkpoint, log_path = (options.output.with_suffix(suffix) for suffix in (".checkpoint", ".jsonl"))
+    teacher = load_model(options.model, torch.float32, options.device)
+    stop = StopRequest()
+    steps: list[DistillStep] = []
+    columns = (
+        TextColumn("distilling"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("divergence {task.fields[divergence]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with (
+        stop.listening(),
+        log_path.open("a" if checkpoint.exists() else "w", encoding="utf-8", buffering=1) as log,
+        Progress(*columns, console=Console(stderr=True)) as progress,
+    ):
+        task = progress.add_task("", total=config.steps, divergence="-")
+
+        def on_step(step: DistillStep) -> None:
+            steps.append(step)
+            log.write(json.dumps(asdict(step)) + "\n")
+            progress.update(task, completed=step.step, divergence=f"{step.divergence:.4f}")
+
+        updates = distill(
+            model, teacher, tokens, file.masks, file.pattern, updates, config, on_step=on_step, checkpoint=checkpoint,
+            checkpoint_seconds=60 * options.checkpoint_minutes, stop=stop,
+        )  # fmt: skip
+    if stop.number is not None and checkpoint.exists():
+        raise Interrupted(stop.number, checkpoint)
+    return updates, steps
+
+
+def _provenance(options: argparse.Namespace, config: RecoverConfig) -> dict[str, str]:
+    """What a recovery file says about where it comes from; text to text."""
+    files = (f"{path.name} sha256:{file_sha256(path)}" for path in options.calibration)
+    entries = {
+        "base_model": Path(options.model).name if Path(options.model).is_dir() else options.model,
+        "base_model_sha256": weights_sha256(options.model),
+        "mask_sha256": file_sha256(options.mask),
+        "calibration": ", ".join(files),
+        "samples": options.samples,
+        "length": options.length,
+        **asdict(config),
+    }
+    if options.start is not None:
+        entries["start_sha256"] = file_sha256(options.start)
+    return {key: str(value) for key, value in entries.items() if value is not None}
+
+
+def _summary(output: Path, updates: dict[str, LowRank], steps: list[DistillStep]) -> Table:
+    table = Table(show_header=False)
+    numbers = sum(update.b.numel() + update.a.numel() for update in updates.values())
+    table.add_row("recovered", f"{len(updates)} layers, {numbers:,} numbers of 8 bits")
+    if steps:
+        part = max(1, len(steps) // 10)
+        first, last = (sum(s.divergence for s in some) / part for some in (steps[:part], steps[-part:]))
+        table.add_row("steps", f"{len(steps)}, {sum(step.seconds for step in steps) / len(steps):.2f} s each")
+        table.add_row("divergence", f"{first:.4f} to {last:.4f} nats per token (first and last {part} steps)")
+    table.add_row("recovery file", f"{output} ({output.stat().st_size / 1e6:.2f} MB)")
+    return table
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0, 2 for an input that cannot be used, 128 + n after signal n."""
+    options = parse_arguments(argv)
+    quiet_transformers()
+    try:
+        recover(options, Console())
+    except Interrupted as interrupted:
+        print(f"maskpro-recover: {interrupted}", file=sys.stderr)
+        return 128 + interrupted.signal
+    except (ValueError, OSError) as error:
+        print(f"maskpro-recover: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,156 @@
+"""Refit and recovery: against exact solutions, on real text, and in runs that stop and go on."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from maskpro_kernels import NMPattern, read_recovery, write_masks
+from maskpro_kernels.packing import magnitude_mask
+from maskpro_learner import LearnerError, initial_masks
+from maskpro_learner.recover_cli import main
+from maskpro_learner.recovery import RecoverConfig, distill, reconstruct
+from maskpro_learner.refit import damped, low_rank_refit, refit
+
+PATTERN = NMPattern(2, 4)
+
+
+@pytest.fixture(scope="module")
+def layer():
+    """A weight, the damped second moments of correlated inputs, and a mask."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(12, 32, generator=generator, dtype=torch.float64)
+    x = torch.randn(400, 32, generator=generator, dtype=torch.float64) @ torch.randn(
+        32, 32, generator=generator, dtype=torch.float64
+    )
+    return weight, damped(x.T @ x), magnitude_mask(weight, PATTERN)
+
+
+def error(weight, gram, found) -> float:
+    difference = found - weight
+    return float(((difference @ gram) * difference).sum())
+
+
+def test_refit_is_the_least_squares_solution(layer):
+    weight, gram, mask = layer
+    found = refit(weight, gram, mask)
+    assert not found[~mask].any()
+    for row in range(len(weight)):
+        kept = mask[row]
+        exact = torch.linalg.solve(gram[kept][:, kept], (gram @ weight[row])[kept])
+        assert torch.allclose(found[row, kept], exact, rtol=1e-8, atol=1e-10)
+
+
+def test_refit_of_inputs_that_never_occur_is_finite():
+    gram = torch.zeros(8, 8)
+    found = refit(torch.ones(3, 8), damped(gram), magnitude_mask(torch.ones(3, 8), PATTERN))
+    assert torch.isfinite(found).all()
+
+
+def test_a_low_rank_refit_lies_between_the_mask_and_the_full_refit(layer):
+    weight, gram, mask = layer
+    weight, gram = weight.float(), gram.float()
+    errors = [error(weight, gram, weight * mask)]
+    for rank in (2, 6, 12):
+        update = low_rank_refit(weight, gram, mask, rank)
+        assert update.b.shape == (12, rank)
+        errors.append(error(weight, gram, torch.where(mask, weight + update.b @ update.a, 0)))
+    errors.append(error(weight, gram, refit(weight, gram, mask)))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[1] < 0.9 * errors[0]
+    assert errors[-2] < 1.05 * errors[-1]  # full rank: nothing is lost
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.15,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).train(False).requires_grad_(False)
+    tokens = torch.randint(0, 64, (24, 16))
+    masks = initial_masks(copy.deepcopy(model), PATTERN, "magnitude").masks
+    return model, tokens, masks
+
+
+CONFIG = RecoverConfig(rank=4, steps=12, minibatch=5, batch=3, learning_rate=0.05)
+
+
+def recover(tiny, config=CONFIG, **arguments):
+    model, tokens, masks = tiny
+    updates = reconstruct(model, tokens, masks, PATTERN, config.rank)
+    return distill(model, copy.deepcopy(model), tokens, masks, PATTERN, updates, config, **arguments)
+
+
+def test_distillation_comes_closer_to_the_dense_model_and_leaves_it_alone(tiny):
+    before = {name: p.clone() for name, p in tiny[0].named_parameters()}
+    steps = []
+    updates = recover(tiny, dataclasses.replace(CONFIG, steps=60), on_step=steps.append)
+    assert updates.keys() == tiny[2].keys()
+    assert [step.step for step in steps] == list(range(1, 61))
+    assert sum(s.divergence for s in steps[-10:]) < 0.8 * sum(s.divergence for s in steps[:10])
+    after = dict(tiny[0].named_parameters())
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], p) for name, p in before.items())
+
+
+@pytest.mark.parametrize("stops", [(1,), (3, 4), (5, 11)])
+def test_a_stopped_run_goes_on_bit_for_bit(tiny, tmp_path, stops):
+    whole = recover(tiny)
+    checkpoint = tmp_path / "r.checkpoint"
+    for stop in [*stops, None]:
+        done = []
+        result = recover(
+            tiny, on_step=lambda step, done=done: done.append(step.step), checkpoint=checkpoint,
+            stop=lambda done=done, stop=stop: bool(done) and done[-1] == stop,
+        )  # fmt: skip
+        assert checkpoint.exists() == (stop is not None)
+    for name, update in whole.items():
+        assert torch.equal(update.b, result[name].b)
+        assert torch.equal(update.a, result[name].a)
+
+
+def test_a_checkpoint_of_another_run_is_refused(tiny, tmp_path):
+    checkpoint = tmp_path / "r.checkpoint"
+    recover(tiny, checkpoint=checkpoint, stop=lambda: True)
+    saved = checkpoint.read_bytes()
+    with pytest.raises(LearnerError, match="a checkpoint of another run"):
+        recover(tiny, dataclasses.replace(CONFIG, seed=1), checkpoint=checkpoint)
+    assert checkpoint.read_bytes() == saved
+
+
+def test_masks_of_another_model_are_refused(tiny):
+    model, tokens, masks = tiny
+    wrong = {"model.layers.9.mlp.up_proj.weight": next(iter(masks.values()))}
+    with pytest.raises(LearnerError, match=r"layers\.9\.mlp\.up_proj\.weight: expected a mask of shape None"):
+        reconstruct(model, tokens, wrong, PATTERN, 2)
+
+
+def test_the_command_writes_a_recovery_file(model_folder, text_file, tmp_path, capsys):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    masks = initial_masks(model, PATTERN, "magnitude").masks
+    write_masks(tmp_path / "m.safetensors", masks, PATTERN)
+    output = tmp_path / "r.safetensors"
+    command = [
+        "--model", str(model_folder), "--mask", str(tmp_path / "m.safetensors"), "--calibration", str(text_file),
+        "--samples", "8", "--length", "16", "--rank", "2", "--steps", "3", "--minibatch", "4", "--output", str(output),
+    ]  # fmt: skip
+    assert main(command) == 0
+    file = read_recovery(output)
+    assert file.updates.keys() == masks.keys()
+    assert file.provenance["rank"] == "2"
+    assert not output.with_suffix(".checkpoint").exists()
+    assert len(output.with_suffix(".jsonl").read_text().splitlines()) == 3
+    assert "nats per token" in capsys.readouterr().out
+
+    assert main([*command, "--steps", "3000"]) == 2
+    assert "tokens (12000 samples of 16), found" in capsys.readouterr().err
+    assert main([*command, "--rank", "0"]) == 2
+    assert "rank: expected at least 1, found 0" in capsys.readouterr().err
