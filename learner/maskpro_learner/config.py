@@ -9,6 +9,8 @@ from maskpro_kernels.policy_step import MAX_GAIN_DRAWS, SUPPORTED_M
 from maskpro_learner.errors import LearnerError
 from maskpro_learner.estimator import DEFAULTS, ESTIMATORS, Settings
 
+STARTS = ("constant", "margin")
+
 
 @dataclass(frozen=True)
 class LearnConfig:
@@ -20,7 +22,9 @@ class LearnConfig:
         steps: updates of the logits.
         estimator: a name in :data:`maskpro_learner.estimator.ESTIMATORS`.
         learning_rate: eta.
-        initial_logit: logits of the initial mask's weights; the others' are 0.
+        start: ``constant``, the paper's: all weights of the initial mask have the same logit, the others 0; or
+            ``margin``: logits in proportion to what a weight is worth (:mod:`maskpro_learner.margins`).
+        initial_logit: that logit; with ``margin``, the logit of a layer's median worth.
         smoothing: alpha of the moving-average tracker.
         draws: masks that are compared: whole ones on a minibatch (leave-one-out), or of each group (first-order).
         minibatch: blocks of calibration text in a step.
@@ -32,6 +36,7 @@ class LearnConfig:
     steps: int
     estimator: str = "smoothed"
     learning_rate: float | None = None
+    start: str = "constant"
     initial_logit: float | None = None
     smoothing: float = 0.99
     draws: int | None = None
@@ -44,6 +49,8 @@ class LearnConfig:
             raise LearnerError(f"learning: expected groups of {SUPPORTED_M}, found pattern {self.pattern}")
         if self.estimator not in ESTIMATORS:
             raise LearnerError(f"learning: estimator: expected one of {', '.join(ESTIMATORS)}, found {self.estimator}")
+        if self.start not in STARTS:
+            raise LearnerError(f"learning: start: expected one of {', '.join(STARTS)}, found {self.start}")
         for name in ("steps", "minibatch", "batch"):
             if getattr(self, name) < 1:
                 raise LearnerError(f"learning: {name}: expected at least 1, found {getattr(self, name)}")

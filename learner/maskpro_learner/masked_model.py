@@ -18,6 +18,11 @@ from maskpro_kernels.policy_step import policy_step
 from maskpro_learner.errors import LearnerError
 
 
+def constant_logits(masks: Mapping[str, Tensor], logit: float) -> dict[str, Tensor]:
+    """The paper's pi_0: the same logit for all weights that the masks keep, 0 for the others."""
+    return {name: mask.float().mul_(logit) for name, mask in masks.items()}
+
+
 class MaskedModel:
     """Owns the weights of the linears until :meth:`restore`.
 
@@ -25,7 +30,7 @@ class MaskedModel:
         linears: prunable linears by module name, on the CPU.
         masks: initial masks by parameter name (``<module>.weight``), strictly ``pattern``.
         pattern: the pattern.
-        initial_logit: logit of a weight that its initial mask keeps; the others start at 0.
+        logits: initial logits by parameter name, float32; become this object's own.
         seed: of every draw.
 
     Memory: 4 bytes of logit and one more copy of the weight, per weight.
@@ -33,14 +38,14 @@ class MaskedModel:
 
     def __init__(
         self, linears: Mapping[str, nn.Linear], masks: Mapping[str, Tensor], pattern: NMPattern,
-        *, initial_logit: float, seed: int,
+        *, logits: Mapping[str, Tensor], seed: int,
     ) -> None:  # fmt: skip
         if missing := [name for name in linears if f"{name}.weight" not in masks]:
             raise LearnerError(f"initial mask: none for {missing[0]}")
         self.pattern = pattern
         self.linears = dict(linears)
         self.dense = {name: linear.weight.data.contiguous() for name, linear in linears.items()}
-        self.logits = {name: masks[f"{name}.weight"].float().mul_(initial_logit) for name in linears}
+        self.logits = {name: logits[f"{name}.weight"] for name in linears}
         self._seed = seed
         for name, linear in self.linears.items():
             linear.weight.data = torch.where(masks[f"{name}.weight"], self.dense[name], 0)
@@ -112,10 +117,10 @@ class MaskedModel:
 @contextmanager
 def masked(
     linears: Mapping[str, nn.Linear], masks: Mapping[str, Tensor], pattern: NMPattern,
-    *, initial_logit: float, seed: int,
+    *, logits: Mapping[str, Tensor], seed: int,
 ) -> Iterator[MaskedModel]:  # fmt: skip
     """A :class:`MaskedModel` that is restored at the end, whatever happens."""
-    model = MaskedModel(linears, masks, pattern, initial_logit=initial_logit, seed=seed)
+    model = MaskedModel(linears, masks, pattern, logits=logits, seed=seed)
     try:
         yield model
     finally:

@@ -25,7 +25,8 @@ from maskpro_learner.errors import CalibrationError, LearnerError
 from maskpro_learner.estimator import Estimator, make_estimator
 from maskpro_learner.evaluate import summed_loss
 from maskpro_learner.layers import select_layers
-from maskpro_learner.masked_model import MaskedModel, masked
+from maskpro_learner.margins import margin_logits
+from maskpro_learner.masked_model import MaskedModel, constant_logits, masked
 
 _CHECKPOINT_VERSION = "1"
 
@@ -87,9 +88,12 @@ def learn_masks(
     if unknown:
         raise LearnerError(f"initial mask: {unknown[0]}: the model has no such prunable layer")
     learning = {name: linear for name, linear in linears.items() if f"{name}.weight" in masks}
-    with masked(
-        learning, masks, config.pattern, initial_logit=config.settings().initial_logit, seed=config.seed
-    ) as policy:
+    scale = config.settings().initial_logit
+    if config.start == "margin":
+        logits = margin_logits(model, tokens, masks, config.pattern, scale, batch=config.batch)
+    else:
+        logits = constant_logits(masks, scale)
+    with masked(learning, masks, config.pattern, logits=logits, seed=config.seed) as policy:
         run = _Run(model, tokens, policy, config)
         if checkpoint is not None and checkpoint.exists():
             run.resume(checkpoint)

@@ -14,7 +14,7 @@ from maskpro_kernels import NMPattern
 from maskpro_kernels.packing import check_mask
 from maskpro_learner import LearnConfig, LearnerError, initial_masks, learn_masks, select_layers
 from maskpro_learner.estimator import ESTIMATORS, make_estimator
-from maskpro_learner.masked_model import masked
+from maskpro_learner.masked_model import constant_logits, masked
 
 PATTERN = NMPattern(2, 4)
 
@@ -42,7 +42,8 @@ def test_a_toy_with_a_known_best_mask_is_solved(name):
     # One number judges all sixteen groups at once, so what compares masks of now may take larger steps.
     rate, steps = (0.3, 1500) if name == "leave-one-out" else (0.02, 12_000)
     estimator = make_estimator(name, rate, 0.9, 4)
-    with masked({"toy": linear}, {"toy.weight": worst}, PATTERN, initial_logit=1.0, seed=3) as policy:
+    masks = {"toy.weight": worst}
+    with masked({"toy": linear}, masks, PATTERN, logits=constant_logits(masks, 1.0), seed=3) as policy:
         initial = float((cost * worst).sum())
         policy.step([], 0)
         draw = 0
