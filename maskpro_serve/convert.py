@@ -92,6 +92,8 @@ def convert(
     if masks is not None:
         _check_shapes(headers, {name: tuple(each.shape) for name, each in masks.items()}, Path(str(mask)), "mask")
     updates = _recovery(recovery, mask, headers, provenance)
+    if others := sorted(updates.keys() - (masks or {}).keys()):
+        raise CheckpointError(f"{recovery}: {others[0]}: the mask file has no mask for it")
     linears = set(_linear_weights(source, headers))
     if masks is not None and (others := sorted(masks.keys() - linears)):
         raise CheckpointError(f"{mask}: {others[0]}: expected masks of the decoder's linear layers only, this is none")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from maskpro_kernels import NMWeight, read_masks, unpack, write_masks
+from maskpro_kernels import LowRank, NMWeight, read_masks, recovered, unpack, write_masks, write_recovery
 from maskpro_kernels.packing import magnitude_mask
 from maskpro_serve import CheckpointError, convert, load_packed
 from maskpro_serve.checkpoint import check_checkpoint
@@ -185,3 +186,49 @@ def test_an_index_cannot_point_outside(packed):
     (packed / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="expected a file name"):
         check_checkpoint(packed, contents=False)
+
+
+def _update(rows: int, columns: int) -> LowRank:
+    generator = torch.Generator().manual_seed(7)
+    return LowRank(0.1 * torch.randn(rows, 2, generator=generator), 0.1 * torch.randn(2, columns, generator=generator))
+
+
+@pytest.fixture
+def recovery(tiny, tmp_path):
+    """A recovery file for one layer of the tiny model, made for its mask."""
+    shape = read_masks(tiny["mask"]).masks[f"{LAYER}.weight"].shape
+    path = tmp_path / "recovery.safetensors"
+    digest = hashlib.sha256(tiny["mask"].read_bytes()).hexdigest()
+    write_recovery(path, {f"{LAYER}.weight": _update(*shape)}, provenance={"mask_sha256": digest, "rank": "2"})
+    return path
+
+
+def test_a_recovery_is_merged_into_the_kept_weights(tiny, tmp_path, recovery):
+    convert(tiny["dense"], tmp_path / "out", mask=tiny["mask"], recovery=recovery)
+    config, after = load_packed(tmp_path / "out")
+    before = load_packed(tiny["packed"])[1]
+    assert config["quantization_config"]["recovery"]["rank"] == "2"
+    for name, weight in before.items():
+        if not isinstance(weight, NMWeight):
+            continue
+        assert torch.equal(weight.bitmask, after[name].bitmask)
+        assert torch.equal(weight.values, after[name].values) == (name != f"{LAYER}.weight")
+    dense = load_file(tiny["dense"] / "model.safetensors")[f"{LAYER}.weight"]
+    mask = read_masks(tiny["mask"]).masks[f"{LAYER}.weight"]
+    expected = recovered(dense, mask, _update(*mask.shape).rounded())
+    assert torch.equal(unpack(after[f"{LAYER}.weight"]), expected)
+
+
+def test_a_recovery_of_another_mask_or_model_is_refused(tiny, tmp_path, recovery):
+    with pytest.raises(CheckpointError, match="needs the mask file"):
+        convert(tiny["pruned"], tmp_path / "out", pattern=read_masks(tiny["mask"]).pattern, recovery=recovery)
+    write_recovery(recovery, {f"{LAYER}.weight": _update(4, 4)}, provenance={"mask_sha256": "0" * 64})
+    with pytest.raises(CheckpointError, match=r"mask_sha256: expected [0-9a-f]{64}, the one of .* found 0{64}"):
+        convert(tiny["dense"], tmp_path / "out", mask=tiny["mask"], recovery=recovery)
+    write_recovery(recovery, {f"{LAYER}.weight": _update(4, 4)})
+    with pytest.raises(CheckpointError, match=r"up_proj\.weight: expected shape .* found \(4, 4\)"):
+        convert(tiny["dense"], tmp_path / "out", mask=tiny["mask"], recovery=recovery)
+    write_recovery(recovery, {"model.embed_tokens.weight": _update(320, 128)})
+    with pytest.raises(CheckpointError, match=r"embed_tokens\.weight: the mask file has no mask for it"):
+        convert(tiny["dense"], tmp_path / "out", mask=tiny["mask"], recovery=recovery)
+    assert not (tmp_path / "out").exists()
