@@ -48,8 +48,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     training.add_argument("--steps", type=int, default=default.steps, help=f"(default {default.steps}; 0: none)")
     training.add_argument("--minibatch", type=int, default=default.minibatch, help="blocks of text in a step")
     training.add_argument(
-        "--distill-samples", type=int, metavar="N", help="blocks of text (default: one pass, steps * minibatch)"
-    )
+        "--distill-samples", type=int, nargs="+", metavar="N",
+        help="blocks of each calibration file, in their order; a file named twice is met twice as often "
+        "(default: all files alike, steps * minibatch in all)",
+    )  # fmt: skip
     training.add_argument("--learning-rate", type=float, default=default.learning_rate, help="relative to the factors")
     training.add_argument("--checkpoint-minutes", type=float, default=10.0, help="between checkpoints (default 10)")
     parser.add_argument("--seed", type=int, default=0, help="of the blocks and their order")
@@ -76,16 +78,32 @@ def recover(options: argparse.Namespace, console: Console) -> None:
 
     text: Tensor | None = None
     if config.steps:  # read before anything slow, so that too little text is known at once
-        blocks = options.distill_samples or config.steps * config.minibatch
-        text = calibration_blocks(
-            options.calibration, tokenizer, samples=blocks, length=options.length, seed=options.seed + 1
-        )
+        text = _text(options, config, tokenizer)
     updates = _start(options, model, tokenizer, file)
     steps: list[DistillStep] = []
     if text is not None:
         updates, steps = _distill(options, config, model, text, file, updates)
     write_recovery(options.output, updates, provenance=_provenance(options, config))
     console.print(_summary(options.output, updates, steps))
+
+
+def _text(options: argparse.Namespace, config: RecoverConfig, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Blocks to distill on."""
+    seed, counts = options.seed + 1, options.distill_samples
+    if counts is None:
+        samples = config.steps * config.minibatch
+        return calibration_blocks(options.calibration, tokenizer, samples=samples, length=options.length, seed=seed)
+    if len(counts) != len(options.calibration):
+        raise LearnerError(
+            f"--distill-samples: expected {len(options.calibration)} numbers, one for each calibration file, found "
+            f"{len(counts)}"
+        )
+    return torch.cat(
+        [
+            calibration_blocks([source], tokenizer, samples=count, length=options.length, seed=seed)
+            for source, count in zip(options.calibration, counts, strict=True)
+        ]
+    )
 
 
 def _start(
@@ -150,6 +168,7 @@ def _provenance(options: argparse.Namespace, config: RecoverConfig) -> dict[str,
         "calibration": ", ".join(files),
         "samples": options.samples,
         "length": options.length,
+        "distill_samples": options.distill_samples and " ".join(map(str, options.distill_samples)),
         **asdict(config),
     }
     if options.start is not None:

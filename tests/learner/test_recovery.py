@@ -152,5 +152,9 @@ def test_the_command_writes_a_recovery_file(model_folder, text_file, tmp_path, c
 
     assert main([*command, "--steps", "3000"]) == 2
     assert "tokens (12000 samples of 16), found" in capsys.readouterr().err
+    assert main([*command, "--distill-samples", "4", "4"]) == 2
+    assert "expected 1 numbers, one for each calibration file, found 2" in capsys.readouterr().err
+    assert main([*command, "--distill-samples", "4", "--start", str(output)]) == 0
+    assert read_recovery(output).provenance["distill_samples"] == "4"
     assert main([*command, "--rank", "0"]) == 2
     assert "rank: expected at least 1, found 0" in capsys.readouterr().err
