@@ -1,7 +1,8 @@
 """Reads calibration text and cuts it into equal blocks of tokens.
 
 Three file kinds: ``.txt`` (documents separated by blank lines, or one), and ``.jsonl`` with ``{"text"}``,
-``{"prefix", "gold_completion"}``, or ``{"messages"}``, which goes through the tokenizer's chat template.
+``{"prefix", "gold_completion"}``, or ``{"messages"}``, which goes through the tokenizer's chat template. The same
+fields are read from a dataset of the hub (:mod:`maskpro_learner.hub_text`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from maskpro_learner.checkpoints import file_sha256
 from maskpro_learner.errors import CalibrationError
+from maskpro_learner.hub_text import PREFIX, hub_rows
 
 _BLANK_LINE = re.compile(r"\n[ \t]*\n")
 _DOC_TAG = re.compile(r"^</?doc\b[^\n]*>[ \t]*\n?", re.MULTILINE)  # <doc id= url= title=> of Wikipedia extracts
@@ -133,27 +136,63 @@ def cut_blocks(documents: Sequence[Sequence[int]], samples: int, length: int, se
     return torch.tensor(generator.sample(blocks, samples), dtype=torch.int64)
 
 
+def encode_source(source: Path | str, tokenizer: PreTrainedTokenizerBase, tokens: int) -> list[list[int]]:
+    """The documents of a file, or the first ones of a dataset on the hub that hold ``tokens`` tokens together.
+
+    Raises:
+        CalibrationError: as :func:`read_documents`, or as :func:`maskpro_learner.hub_text.hub_rows`.
+    """
+    if isinstance(source, Path) or not source.startswith(PREFIX):
+        return [encode(document, tokenizer) for document in read_documents(Path(source), tokenizer)]
+    encoded: list[list[int]] = []
+    found = 0
+    for number, row in enumerate(hub_rows(source), start=1):
+        document = _document(row, f"{source}: row {number}", tokenizer)
+        if document.text.strip():  # some datasets keep their blank lines as rows
+            encoded.append(encode(document, tokenizer))
+            found += len(encoded[-1])
+            if found >= tokens:
+                break
+    return encoded
+
+
+def source_name(source: Path | str) -> str:
+    """What a mask file says of a source: a file's name and hash, never the folders it lies in; a hub source itself."""
+    if isinstance(source, str) and source.startswith(PREFIX):
+        name, colon, rest = source.removeprefix(PREFIX).partition(":")
+        local = name.startswith((".", "/"))
+        return PREFIX + (Path(name).name if local else name) + colon + rest
+    return f"{Path(source).name} sha256:{file_sha256(Path(source))}"
+
+
 def calibration_blocks(
-    paths: Sequence[Path], tokenizer: PreTrainedTokenizerBase, *, samples: int, length: int, seed: int
+    sources: Sequence[Path | str], tokenizer: PreTrainedTokenizerBase, *, samples: int, length: int, seed: int
 ) -> Tensor:
-    """Reads, tokenises and cuts calibration files; several share the samples evenly, the first taking the remainder.
+    """Reads, tokenises and cuts calibration text; several sources share the samples evenly, the first taking the rest.
+
+    Args:
+        sources: files, and ``hub:NAME`` datasets.
+        tokenizer: the model's.
+        samples: blocks to return.
+        length: tokens of a block.
+        seed: of the shuffling.
 
     Returns:
         int64 (samples, length).
 
     Raises:
-        CalibrationError: a file cannot be used or holds too few tokens, or the numbers make no sense.
+        CalibrationError: a source cannot be used or holds too few tokens, or the numbers make no sense.
     """
-    if samples < max(1, len(paths)) or length < 2:
+    if samples < max(1, len(sources)) or length < 2:
         raise CalibrationError(
             f"calibration: expected at least one sample a file and 2 tokens a sample, found {samples} x {length}"
         )
     parts = []
-    for index, path in enumerate(paths):
-        share = samples // len(paths) + (index == 0) * (samples % len(paths))
-        tokens = [encode(document, tokenizer) for document in read_documents(path, tokenizer)]
+    for index, source in enumerate(sources):
+        share = samples // len(sources) + (index == 0) * (samples % len(sources))
+        tokens = encode_source(source, tokenizer, share * length)
         try:
             parts.append(cut_blocks(tokens, share, length, seed))
         except ValueError as error:
-            raise CalibrationError(f"{path}: {error}") from error
+            raise CalibrationError(f"{source}: {error}") from error
     return torch.cat(parts)

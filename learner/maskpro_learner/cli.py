@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 
 from maskpro_kernels import NMPattern, read_masks, write_masks
 from maskpro_kernels.masks import ENCODINGS
-from maskpro_learner.calibration import calibration_blocks
-from maskpro_learner.checkpoints import check_model, file_sha256, load_model, load_tokenizer, weights_sha256
+from maskpro_learner.calibration import calibration_blocks, source_name
+from maskpro_learner.checkpoints import check_model, load_model, load_tokenizer, weights_sha256
 from maskpro_learner.config import LearnConfig
 from maskpro_learner.errors import CalibrationError, LearnerError, ModelError
 from maskpro_learner.estimator import ESTIMATORS
@@ -37,8 +37,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", required=True, type=Path, help="mask file to write, .safetensors")
     data = parser.add_argument_group("calibration (wanda, sparsegpt, swap and learning)")
     data.add_argument(
-        "--calibration", nargs="+", type=Path, default=[], metavar="FILE",
-        help=".txt, or .jsonl with text, prefix and gold_completion, or messages; several files share the samples",
+        "--calibration", nargs="+", default=[], metavar="FILE|hub:NAME",
+        help=".txt, or .jsonl with text, prefix and gold_completion, or messages; or such rows of a dataset on the "
+        "Hugging Face hub (hub:allenai/c4:en); several share the samples",
     )  # fmt: skip
     data.add_argument("--samples", type=int, default=128, help="blocks of text (default 128)")
     data.add_argument("--length", type=int, default=512, help="tokens of a block (default 512)")
@@ -75,8 +76,8 @@ def provenance(options: argparse.Namespace, method: str) -> dict[str, str]:
         names = ("estimator", "learning_rate", "initial_logit", "draws", "smoothing", "minibatch")
         entries |= {name: str(getattr(options, name)) for name in names if getattr(options, name) is not None}
     if method in CALIBRATED_METHODS or options.steps:
-        files = (f"{path.name} sha256:{file_sha256(path)}" for path in options.calibration)
-        entries |= {"calibration": ", ".join(files), "samples": str(options.samples), "length": str(options.length)}
+        sources = ", ".join(map(source_name, options.calibration))
+        entries |= {"calibration": sources, "samples": str(options.samples), "length": str(options.length)}
     return {key: value for key, value in entries.items() if value is not None}
 
 
