@@ -24,7 +24,7 @@ def damped(gram: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def refit(weight: Tensor, gram: Tensor, mask: Tensor, *, iterations: int = 60) -> Tensor:
+def refit(weight: Tensor, gram: Tensor, mask: Tensor, *, iterations: int = 40) -> Tensor:
     """The best kept weights for a mask: conjugate gradients on all rows at once.
 
     Args:
@@ -56,8 +56,9 @@ def refit(weight: Tensor, gram: Tensor, mask: Tensor, *, iterations: int = 60) -
     return solution
 
 
+@torch.no_grad()
 def low_rank_refit(
-    weight: Tensor, gram: Tensor, mask: Tensor, rank: int, *, completions: int = 5, iterations: int = 60
+    weight: Tensor, gram: Tensor, mask: Tensor, rank: int, *, completions: int = 5, iterations: int = 40
 ) -> LowRank:
     """The low-rank update that brings ``mask * (weight + b @ a)`` closest to the layer's dense output.
 
@@ -70,29 +71,39 @@ def low_rank_refit(
             by its own truncated decomposition.
         iterations: of Adam on the factors afterwards.
 
-    Cost: O(out * in^2) an iteration, and ``completions`` singular value decompositions.
+    Cost: O(out * in^2) an iteration, and ``completions`` eigendecompositions of the smaller side.
     """
     rank = min(rank, *weight.shape)
     change = refit(weight, gram, mask) - weight * mask
     scale = gram.diagonal().sqrt()
     completed = change
     for _ in range(completions):
-        u, s, vt = torch.linalg.svd(completed * scale, full_matrices=False)
-        b = u[:, :rank] * s[:rank].sqrt()
-        a = s[:rank, None].sqrt() * vt[:rank] / scale
+        b, a = _truncated(completed * scale, rank)
+        a = a / scale
         completed = torch.where(mask, change, b @ a)
     unit = gram / gram.diagonal().mean()
-    with torch.enable_grad():
-        factors = [b.clone().requires_grad_(), a.clone().requires_grad_()]
-        groups = [
-            {"params": [factor], "lr": 0.05 * float(factor.detach().square().mean().sqrt())} for factor in factors
-        ]
-        adam = torch.optim.Adam(groups)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, max(1, iterations))
-        for _ in range(iterations):
-            adam.zero_grad()
-            error = torch.where(mask, factors[0] @ factors[1] - change, 0)
-            ((error @ unit) * error).sum().backward()
-            adam.step()
-            schedule.step()
-    return LowRank(factors[0].detach(), factors[1].detach())
+    b, a = (factor.clone(memory_format=torch.contiguous_format) for factor in (b, a))
+    adam = torch.optim.Adam([{"params": [factor], "lr": 0.05 * root_mean_square(factor)} for factor in (b, a)])
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, max(1, iterations))
+    for _ in range(iterations):
+        gradient = torch.where(mask, torch.where(mask, b @ a - change, 0) @ unit, 0)
+        b.grad, a.grad = gradient @ a.T, b.T @ gradient
+        adam.step()
+        schedule.step()
+    return LowRank(b, a)
+
+
+def root_mean_square(tensor: Tensor) -> float:
+    """The root mean square of its elements, never quite 0."""
+    return max(float(tensor.detach().square().mean().sqrt()), 1e-8)
+
+
+def _truncated(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Factors (rows, rank) and (rank, columns), of like size, of the best approximation of that rank."""
+    wide = matrix.shape[0] <= matrix.shape[1]
+    small = matrix if wide else matrix.T
+    values, vectors = torch.linalg.eigh(small @ small.T)  # cheaper than a singular value decomposition
+    root = values[-rank:].clamp_min(torch.finfo(matrix.dtype).tiny).pow(0.25)
+    basis = vectors[:, -rank:]
+    left, right = basis * root, (basis.T @ small) / root.unsqueeze(1)
+    return (left, right) if wide else (right.T, left.T)
