@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from maskpro_learner.errors import CalibrationError
 
 _IGNORED = -100  # the target index that cross_entropy leaves out
+
+Bar = Callable[[int], AbstractContextManager[Callable[[int], None]]]
+"""Opens a progress bar of so many steps, and gives the function that advances it."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +42,24 @@ class Perplexity:
     @property
     def token_perplexity(self) -> float:
         """exp(loss / tokens)."""
-        return math.exp(self.loss / self.tokens)
+        return _exp(self.loss / self.tokens)
 
     @property
     def word_perplexity(self) -> float:
-        """exp(loss / words)."""
-        return math.exp(self.loss / self.words)
+        """exp(loss / words); infinite where a float ends, as in a script that puts no spaces between words."""
+        return _exp(self.loss / self.words)
+
+
+def _exp(nats: float) -> float:
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        return math.inf
+
+
+def no_bar(total: int) -> AbstractContextManager[Callable[[int], None]]:
+    """A bar that is not drawn."""
+    return nullcontext(lambda count: None)
 
 
 @torch.inference_mode()
@@ -62,6 +78,8 @@ def text_perplexity(
     *,
     window: int = 1024,
     max_tokens: int | None = None,
+    batch: int = 1,
+    bar: Bar = no_bar,
 ) -> Perplexity:
     """Perplexity of one text, read in windows of ``window`` tokens without overlap.
 
@@ -74,6 +92,8 @@ def text_perplexity(
         text: the text.
         window: tokens predicted at once, at most; the model sees no further back.
         max_tokens: only the first tokens of the text.
+        batch: windows run at once; speed and memory only.
+        bar: advances by predicted tokens.
 
     Raises:
         CalibrationError: nothing to predict.
@@ -85,11 +105,19 @@ def text_perplexity(
     stream = torch.tensor([*(first if isinstance(first, list) else [first]), *ids])
     if len(stream) < 2:
         raise CalibrationError("perplexity: expected at least one token to predict, found none")
+    inputs, targets = stream[:-1], stream[1:]
+    whole = len(targets) // window * window  # the last window is shorter, and goes alone
+    batches = [
+        *zip(inputs[:whole].view(-1, window).split(batch), targets[:whole].view(-1, window).split(batch), strict=True),
+        (inputs[None, whole:], targets[None, whole:]),
+    ]
     loss = 0.0
-    for start in range(0, len(stream) - 1, window):
-        part = stream[start : start + window + 1].unsqueeze(0)
-        loss += summed_loss(model, part[:, :-1], part[:, 1:])
-    return Perplexity(loss, len(stream) - 1, max(1, len(str(tokenizer.decode(ids)).split())))
+    with bar(len(targets)) as advance:
+        for part, expected in batches:
+            if expected.numel():
+                loss += summed_loss(model, part, expected)
+                advance(expected.numel())
+    return Perplexity(loss, len(targets), max(1, len(str(tokenizer.decode(ids)).split())))
 
 
 def read_chats(path: Path) -> list[list[dict[str, str]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -42,9 +43,26 @@ def test_every_token_counts_once(
     assert (first.tokens, first.words) == (4, 4)
 
 
+@pytest.mark.parametrize("window", [1, 3, 4, 5, 6, 64])
+def test_windows_may_run_together(
+    tiny_model: Callable[[], PreTrainedModel], tokenizer: PreTrainedTokenizerFast, window: int
+) -> None:
+    model, text = tiny_model(), "the cat sat on a mat and saw one red bird fly"
+    alone = text_perplexity(model, tokenizer, text, window=window)
+    advanced: list[int] = []
+    for batch in (2, 3, 100):
+        together = text_perplexity(
+            model, tokenizer, text, window=window, batch=batch, bar=lambda total: nullcontext(advanced.append)
+        )
+        assert (together.tokens, together.words) == (alone.tokens, alone.words) == (12, 12)
+        assert together.loss == pytest.approx(alone.loss, rel=1e-6)
+    assert sum(advanced) == 3 * 12
+
+
 def test_word_and_token_perplexity_divide_by_different_things() -> None:
     result = Perplexity(loss=12.0, tokens=6, words=4)
     assert (result.token_perplexity, result.word_perplexity) == (math.exp(2), math.exp(3))
+    assert Perplexity(loss=7200.0, tokens=600, words=1).word_perplexity == math.inf  # no spaces between words
 
 
 def test_only_the_answer_counts_in_a_chat(
