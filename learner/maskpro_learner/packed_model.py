@@ -1,0 +1,205 @@
+"""Opens whatever maskpro-eval measures as a transformers model: dense, dense with a mask, or a packed checkpoint.
+
+A packed checkpoint (kernels/FORMAT.md) is unpacked to dense weights: what is measured is the model that is served,
+not the kernels that serve it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from maskpro_kernels import NMPattern, NMWeight, read_masks, unpack
+from maskpro_learner.checkpoints import check_model, load_model, weights_sha256
+from maskpro_learner.errors import LearnerError, ModelError
+from maskpro_learner.layers import apply_masks
+
+QUANT_METHOD = "maskpro"
+FORMAT_VERSION = 1
+_PARTS = ("compressed", "bitmask", "shape")
+_INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class EvaluatedModel:
+    """A model to measure, and what its numbers are the numbers of.
+
+    Attributes:
+        model: frozen, on its device.
+        kind: dense, masked or packed.
+        pattern: of the mask, None for a dense model.
+        provenance: what the mask file or the packed checkpoint says about where its mask comes from.
+        warnings: sentences a reader of the numbers should know.
+    """
+
+    model: PreTrainedModel
+    kind: str
+    pattern: NMPattern | None = None
+    provenance: dict[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+
+def load_for_evaluation(name: str, mask: Path | None, dtype: torch.dtype, device: str = "cpu") -> EvaluatedModel:
+    """Loads a model for measuring.
+
+    Args:
+        name: a folder, dense or packed, or a hub id.
+        mask: a mask file to apply to a dense model.
+        dtype: of the weights and activations.
+        device: where to put it.
+
+    Raises:
+        ModelError: the model cannot be read, or the mask is not for it.
+        MaskFileError: the mask file cannot be used.
+        LearnerError: a mask for a packed model.
+    """
+    packed = packed_format(name)
+    if packed is not None:
+        if mask is not None:
+            raise LearnerError(f"--mask {mask}: expected a dense --model, found {name}, which is packed already")
+        model, pattern = load_packed_model(name, dtype, device)
+        own = {"quant_method", "format", "format_version", "pattern", "ignore"}
+        provenance = {key: str(value) for key, value in packed.items() if key not in own}
+        return EvaluatedModel(model, "packed", pattern, provenance)
+    if mask is None:
+        return EvaluatedModel(load_model(name, dtype, device), "dense")
+    file = read_masks(mask)
+    model = load_model(name, dtype, device)
+    apply_masks(model, file.masks)
+    return EvaluatedModel(model, "masked", file.pattern, file.provenance, _other_base(name, mask, file.provenance))
+
+
+def _other_base(name: str, mask: Path, provenance: dict[str, str]) -> tuple[str, ...]:
+    """Shapes alone do not tell a base model from its fine-tuned twin; the weights' hash does."""
+    expected, found = provenance.get("base_model_sha256"), weights_sha256(name)
+    if expected is None or found is None or expected == found:
+        return ()
+    base = provenance.get("base_model", "another model")
+    return (f"{mask} was made for weights of another hash ({base}): these are the numbers of a mixture",)
+
+
+def packed_format(name: str) -> dict[str, Any] | None:
+    """The ``quantization_config`` of a packed checkpoint; None for any other model.
+
+    Args:
+        name: a folder or a hub id.
+
+    Raises:
+        ModelError: there is no such model, its config.json is unreadable, or it is packed in an unknown version.
+    """
+    check_model(name)
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(name)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{name}: not a readable config.json: {str(error).strip().partition(chr(10))[0]}") from error
+    found = config.get("quantization_config")
+    if not isinstance(found, dict) or found.get("quant_method") != QUANT_METHOD:
+        return None
+    if found.get("format_version") != FORMAT_VERSION:
+        raise ModelError(
+            f"{name}: config.json: quantization_config.format_version: expected {FORMAT_VERSION}, "
+            f"found {found.get('format_version')!r}"
+        )
+    return found
+
+
+def load_packed_model(name: str, dtype: torch.dtype, device: str = "cpu") -> tuple[PreTrainedModel, NMPattern]:
+    """Unpacks a packed checkpoint into the transformers model its config describes.
+
+    Args:
+        name: a folder, or a hub id, which is downloaded whole.
+        dtype: of the weights and activations; the checkpoint's own values are cast to it.
+        device: where to put it.
+
+    Raises:
+        ModelError: a file or tensor is missing, unexpected or wrong; names it, expected and found.
+
+    Memory: the dense weights in the checkpoint's dtype and in ``dtype``.
+    """
+    found = packed_format(name)
+    if found is None:
+        raise ModelError(f"{name}: config.json: expected quantization_config.quant_method {QUANT_METHOD!r}, found none")
+    folder = Path(name) if Path(name).is_dir() else Path(snapshot_download(name))
+    try:
+        pattern = NMPattern.parse(str(found.get("pattern")))
+        config = AutoConfig.from_pretrained(folder)
+        architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{folder / 'config.json'}: not a causal language model's: {error}") from error
+    del config.quantization_config  # else transformers looks for a quantizer of that name
+    weights = dict(_dense_weights(folder, pattern))
+    try:
+        # Given a state dict, transformers opens no file, so it cannot mistake the packed tensors for unknown ones.
+        model, report = architecture.from_pretrained(
+            None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"{folder}: its tensors do not fit its config.json: {' '.join(str(error).split())}") from error
+    for tensor_name, its, expected in sorted(report["mismatched_keys"]):
+        raise ModelError(f"{folder}: tensor {tensor_name}: expected shape {tuple(expected)}, found {tuple(its)}")
+    for problem in ("missing", "unexpected"):
+        if names := sorted(report[f"{problem}_keys"]):
+            raise ModelError(f"{folder}: tensor {names[0]} is {problem} ({len(names)} in all)")
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.train(False).requires_grad_(False)
+    moved: PreTrainedModel = model.to(device)
+    return moved, pattern
+
+
+def _dense_weights(folder: Path, pattern: NMPattern) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the folder under its dense name; the three parts of a linear may lie in different files."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for file, tensor_name, tensor in _tensors(folder):
+        linear, _, part = tensor_name.rpartition(".")
+        if part not in _PARTS:
+            yield tensor_name, tensor
+            continue
+        found = parts.setdefault(linear, {})
+        found[part] = tensor
+        if len(found) == len(_PARTS):
+            yield f"{linear}.weight", _unpack(parts.pop(linear), f"{file}: {linear}", pattern)
+    for linear, found in parts.items():
+        missing = next(part for part in _PARTS if part not in found)
+        raise ModelError(f"{folder}: tensor {linear}.{missing} is missing, but other parts of {linear} are there")
+
+
+def _tensors(folder: Path) -> Iterator[tuple[Path, str, Tensor]]:
+    """Every tensor of the folder's safetensors files, with its file."""
+    files = ["model.safetensors"]
+    if (folder / _INDEX).is_file():
+        try:
+            weight_map = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
+            files = sorted(set(map(str, weight_map.values())))
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ModelError(f"{folder / _INDEX}: not a readable index: {error!r}") from error
+    for path in (folder / name for name in files):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for tensor_name in file.keys():  # noqa: SIM118  (safe_open is no dict)
+                    yield path, tensor_name, file.get_tensor(tensor_name)
+        except FileNotFoundError as error:
+            raise ModelError(f"{path}: no such file, expected the packed weights") from error
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{path}: not a readable safetensors file: {error}") from error
+
+
+def _unpack(parts: dict[str, Tensor], where: str, pattern: NMPattern) -> Tensor:
+    shape = parts["shape"]
+    if shape.dtype != torch.int64 or tuple(shape.shape) != (2, 1):
+        raise ModelError(f"{where}.shape: expected torch.int64 (2, 1), found {shape.dtype} {tuple(shape.shape)}")
+    out_features, in_features = (int(size) for size in shape.flatten())
+    try:
+        return unpack(NMWeight(parts["compressed"], parts["bitmask"], (out_features, in_features), pattern))
+    except ValueError as error:
+        raise ModelError(f"{where}: {error}") from error

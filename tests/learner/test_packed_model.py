@@ -1,0 +1,204 @@
+"""Every way a model may be opened for measuring, against the model it must equal."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from maskpro_kernels import MaskFileError, NMPattern, write_masks
+from maskpro_learner import LearnerError, ModelError, initial_masks
+from maskpro_learner.packed_model import load_for_evaluation, load_packed_model, packed_format
+from maskpro_serve import convert
+
+PATTERN = NMPattern.parse("2:4")
+Edit = Callable[[dict[str, Tensor]], object]
+
+
+@pytest.fixture
+def mask_file(model_folder: Path, tmp_path: Path) -> Path:
+    """Random masks, so that no weight's size tells which are kept."""
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    path = tmp_path / "mask.safetensors"
+    write_masks(path, initial_masks(model, PATTERN, "random").masks, PATTERN, provenance={"method": "random"})
+    return path
+
+
+@pytest.fixture
+def packed(model_folder: Path, mask_file: Path, tmp_path: Path) -> Path:
+    """The tiny model, packed."""
+    convert(model_folder, tmp_path / "packed", mask=mask_file)
+    return tmp_path / "packed"
+
+
+def logits(model: PreTrainedModel) -> Tensor:
+    with torch.inference_mode():
+        return model(torch.arange(24)[None]).logits
+
+
+def test_a_packed_model_is_the_masked_model(model_folder: Path, mask_file: Path, packed: Path) -> None:
+    dense = load_for_evaluation(str(model_folder), None, torch.float32)
+    masked = load_for_evaluation(str(model_folder), mask_file, torch.float32)
+    unpacked = load_for_evaluation(str(packed), None, torch.float32)
+    assert (dense.kind, masked.kind, unpacked.kind) == ("dense", "masked", "packed")
+    assert (dense.pattern, masked.pattern, unpacked.pattern) == (None, PATTERN, PATTERN)
+    assert masked.provenance == unpacked.provenance == {"method": "random"}
+    assert torch.equal(logits(masked.model), logits(unpacked.model))
+    assert not torch.equal(logits(dense.model), logits(masked.model))
+    assert not any(parameter.requires_grad for parameter in unpacked.model.parameters())
+    assert not unpacked.model.training
+
+
+def test_dtype_is_the_one_asked_for(packed: Path) -> None:
+    model, _ = load_packed_model(str(packed), torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_a_real_model_in_bfloat16(test_data: Path, tmp_path: Path) -> None:
+    folder = test_data / "stories15M"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    mask = tmp_path / "mask.safetensors"
+    write_masks(mask, initial_masks(model, PATTERN, "magnitude").masks, PATTERN)
+    convert(folder, tmp_path / "packed", mask=mask)
+    masked = load_for_evaluation(str(folder), mask, torch.float32)
+    unpacked = load_for_evaluation(str(tmp_path / "packed"), None, torch.float32)
+    assert torch.equal(logits(masked.model), logits(unpacked.model))
+    assert unpacked.model.generation_config.to_dict() == masked.model.generation_config.to_dict()
+
+
+def test_tied_embeddings_stay_tied(tiny_model: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
+    model = tiny_model()
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(tmp_path / "tied")
+    masks = initial_masks(model, PATTERN, "magnitude").masks
+    write_masks(tmp_path / "mask.safetensors", masks, PATTERN)
+    convert(tmp_path / "tied", tmp_path / "packed", mask=tmp_path / "mask.safetensors")
+    unpacked, _ = load_packed_model(str(tmp_path / "packed"), torch.float32)
+    assert unpacked.get_output_embeddings().weight is unpacked.get_input_embeddings().weight
+    masked = load_for_evaluation(str(tmp_path / "tied"), tmp_path / "mask.safetensors", torch.float32)
+    assert torch.equal(logits(unpacked), logits(masked.model))
+
+
+def test_the_parts_of_a_linear_may_lie_in_different_files(packed: Path) -> None:
+    expected = logits(load_packed_model(str(packed), torch.float32)[0])
+    tensors = load_file(packed / "model.safetensors")
+    names = sorted(tensors)
+    halves = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, part in halves.items():
+        save_file({name: tensors[name] for name in part}, packed / file)
+    (packed / "model.safetensors").unlink()
+    index = {"weight_map": {name: file for file, part in halves.items() for name in part}}
+    (packed / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert torch.equal(logits(load_packed_model(str(packed), torch.float32)[0]), expected)
+
+
+def test_a_packed_model_from_the_hub(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "cache"
+    repository = cache / "models--somebody--sparse"
+    shutil.copytree(packed, repository / "snapshots" / "0123")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    model, pattern = load_packed_model("somebody/sparse", torch.float32)
+    assert pattern == PATTERN
+    assert torch.equal(logits(model), logits(load_packed_model(str(packed), torch.float32)[0]))
+
+
+def test_a_mask_made_for_other_weights_is_said_to_be(
+    model_folder: Path, tiny_model: Callable[..., PreTrainedModel], tmp_path: Path
+) -> None:
+    masks = initial_masks(tiny_model(), PATTERN, "magnitude").masks
+    path = tmp_path / "mask.safetensors"
+    write_masks(path, masks, PATTERN, provenance={"base_model": "twin", "base_model_sha256": "0" * 64})
+    (warning,) = load_for_evaluation(str(model_folder), path, torch.float32).warnings
+    assert "made for weights of another hash (twin)" in warning
+
+
+NAME = "model.layers.1.mlp.up_proj"
+
+
+def flip(tensors: dict[str, Tensor]) -> None:
+    tensors[f"{NAME}.bitmask"][3, 1] ^= 1
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda t: t.pop(f"{NAME}.shape"), rf"tensor {NAME}\.shape is missing, but other parts of {NAME} are there"),
+        (lambda t: t.pop("model.norm.weight"), r"tensor model\.norm\.weight is missing \(1 in all\)"),
+        (lambda t: t.update(extra=torch.ones(2)), r"tensor extra is unexpected"),
+        (flip, rf"model\.safetensors: {NAME}: mask is not strictly 2:4: row 3, group 2"),
+        (lambda t: t.update({f"{NAME}.shape": torch.ones(2, dtype=torch.int64)}), r"shape: expected torch.int64 \(2, "),
+        (
+            lambda t: t.update({f"{NAME}.compressed": torch.ones((64, 8))}),
+            rf"{NAME}: values: expected shape \(64, 16\), found \(64, 8\)",
+        ),
+        (
+            lambda t: t.update({"model.norm.weight": torch.ones(7)}),
+            r"model\.norm\.weight: expected shape \(32,\), found \(7,\)",
+        ),
+    ],
+)
+def test_a_broken_checkpoint_is_one_sentence(packed: Path, edit: Edit, message: str) -> None:
+    tensors = load_file(packed / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, packed / "model.safetensors")
+    with pytest.raises(ModelError, match=message) as raised:
+        load_packed_model(str(packed), torch.float32)
+    assert "\n" not in str(raised.value)
+
+
+def test_broken_files(packed: Path, model_folder: Path) -> None:
+    with pytest.raises(ModelError, match="expected quantization_config.quant_method 'maskpro', found none"):
+        load_packed_model(str(model_folder), torch.float32)
+    index = packed / "model.safetensors.index.json"
+    index.write_text("{}")
+    with pytest.raises(ModelError, match="not a readable index"):
+        load_packed_model(str(packed), torch.float32)
+    index.unlink()
+    (packed / "model.safetensors").write_bytes(b"broken")
+    with pytest.raises(ModelError, match="not a readable safetensors file"):
+        load_packed_model(str(packed), torch.float32)
+    (packed / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="no such file, expected the packed weights"):
+        load_packed_model(str(packed), torch.float32)
+
+
+def edit_format(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= changes
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_formats(packed: Path, model_folder: Path, tmp_path: Path) -> None:
+    assert packed_format(str(model_folder)) is None
+    edit_format(packed, pattern="two of four")
+    with pytest.raises(ModelError, match=r"config\.json: .*'two of four'"):
+        load_packed_model(str(packed), torch.float32)
+    edit_format(packed, format_version=2)
+    with pytest.raises(ModelError, match="format_version: expected 1, found 2"):
+        packed_format(str(packed))
+    (packed / "config.json").write_text("{")
+    with pytest.raises(ModelError, match=r"packed: not a readable config\.json"):
+        packed_format(str(packed))
+    with pytest.raises(ModelError, match="nowhere: no such model folder"):
+        packed_format("nowhere")
+
+
+def test_masks_that_do_not_go_with_the_model(packed: Path, mask_file: Path, test_data: Path) -> None:
+    with pytest.raises(LearnerError, match="expected a dense --model, found .*packed, which is packed already"):
+        load_for_evaluation(str(packed), mask_file, torch.float32)
+    with pytest.raises(ModelError, match="expected a weight of shape"):
+        load_for_evaluation(str(test_data / "stories260K"), mask_file, torch.float32)
+    with pytest.raises(MaskFileError, match="no such mask file"):
+        load_for_evaluation(str(test_data / "stories260K"), packed / "absent.safetensors", torch.float32)
