@@ -159,7 +159,7 @@ def test_a_broken_checkpoint_is_one_sentence(packed: Path, edit: Edit, message: 
 
 
 def test_broken_files(packed: Path, model_folder: Path) -> None:
-    with pytest.raises(ModelError, match="expected quantization_config.quant_method 'maskpro', found none"):
+    with pytest.raises(ModelError, match=r"expected quantization_config\.quant_method 'maskpro', found none"):
         load_packed_model(str(model_folder), torch.float32)
     index = packed / "model.safetensors.index.json"
     index.write_text("{}")
@@ -196,7 +196,7 @@ def test_formats(packed: Path, model_folder: Path, tmp_path: Path) -> None:
 
 
 def test_masks_that_do_not_go_with_the_model(packed: Path, mask_file: Path, test_data: Path) -> None:
-    with pytest.raises(LearnerError, match="expected a dense --model, found .*packed, which is packed already"):
+    with pytest.raises(LearnerError, match=r"expected a dense --model, found .*packed, which is packed already"):
         load_for_evaluation(str(packed), mask_file, torch.float32)
     with pytest.raises(ModelError, match="expected a weight of shape"):
         load_for_evaluation(str(test_data / "stories260K"), mask_file, torch.float32)
