@@ -16,7 +16,7 @@ extern "C" {
 #endif
 
 // Raised with every incompatible change of this header; the Python loader checks it.
-#define MASKPRO_ABI_VERSION 2
+#define MASKPRO_ABI_VERSION 3
 
 enum maskpro_dtype { MASKPRO_F32 = 0, MASKPRO_BF16 = 1, MASKPRO_F16 = 2 };
 
@@ -60,16 +60,19 @@ MASKPRO_API int32_t maskpro_nm_linear(void* y, const void* x, const void* values
 //   logits  [groups, m] float32, in and out; finite
 //   masked  [groups, m] of weight_bytes bytes each, written; or NULL to only update
 //   weight  the same; any 2 or 4 byte type in which zero bits are 0
+//   flips   one number, to which the groups are added whose mask of next_draw is not a most likely one; or NULL
 //
 // For each i of `updates`, logits += coefficients[i] * d log P(mask of draws[i]) / d logits, all at the logits as they
 // were. With gains, float32 [groups, m], a group's coefficient is also multiplied by what its mask of draws[i] gains
-// over the other draws' on average, the sum of the kept columns' gains; updates is then 2 to 16. A draw is a function of (seed, stream, draw, logits) alone: the same on every instruction set and for every
-// number of threads. m is 4, 8 or 16; stream, below 2^30, tells layers apart. Reentrant.
+// over the other draws' on average, the sum of the kept columns' gains; updates is then 2 to 16. A draw is a function
+// of (seed, stream, draw, logits) alone: the same on every instruction set and for every number of threads. m is 4, 8
+// or 16; stream, below 2^30, tells layers apart. Reentrant.
 #define MASKPRO_MAX_GAIN_DRAWS 16
-MASKPRO_API int32_t maskpro_policy_step(float* logits, void* masked, const void* weight, int64_t groups, int32_t n,
-                                        int32_t m, int32_t weight_bytes, const float* gains,
-                                        const float* coefficients, const uint64_t* draws, int32_t updates,
-                                        uint64_t next_draw, uint64_t seed, uint32_t stream, int32_t isa, int32_t threads);
+MASKPRO_API int32_t maskpro_policy_step(float* logits, void* masked, const void* weight, int64_t* flips,
+                                        int64_t groups, int32_t n, int32_t m, int32_t weight_bytes,
+                                        const float* gains, const float* coefficients, const uint64_t* draws,
+                                        int32_t updates, uint64_t next_draw, uint64_t seed, uint32_t stream,
+                                        int32_t isa, int32_t threads);
 
 #ifdef __cplusplus
 }

@@ -22,11 +22,12 @@ bool is_valid(const PolicyStep& call) {
 }  // namespace
 }  // namespace maskpro
 
-int32_t maskpro_policy_step(float* logits, void* masked, const void* weight, int64_t groups, int32_t n, int32_t m,
-                            int32_t weight_bytes, const float* gains, const float* coefficients,
-                            const uint64_t* draws, int32_t updates, uint64_t next_draw, uint64_t seed, uint32_t stream, int32_t isa, int32_t threads) {
-  const maskpro::PolicyStep call{logits,       masked, weight,  groups,    n,    m,      weight_bytes, gains,
-                                 coefficients, draws,  updates, next_draw, seed, stream, threads};
+int32_t maskpro_policy_step(float* logits, void* masked, const void* weight, int64_t* flips, int64_t groups,
+                            int32_t n, int32_t m, int32_t weight_bytes, const float* gains,
+                            const float* coefficients, const uint64_t* draws, int32_t updates, uint64_t next_draw,
+                            uint64_t seed, uint32_t stream, int32_t isa, int32_t threads) {
+  const maskpro::PolicyStep call{logits,       masked, weight,  flips,     groups, n,      m,      weight_bytes, gains,
+                                 coefficients, draws,  updates, next_draw, seed,   stream, threads};
   if (!maskpro::is_valid(call)) return MASKPRO_BAD_ARGUMENT;
   if (!maskpro::isa_available(isa)) return MASKPRO_NO_ISA;
   switch (isa) {

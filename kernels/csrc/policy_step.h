@@ -10,6 +10,7 @@ struct PolicyStep {
   float* logits;              // [groups, m], updated
   void* masked;               // [groups, m] of weight_bytes each, written; or null
   const void* weight;         // [groups, m] of weight_bytes each
+  int64_t* flips;             // added to; or null
   int64_t groups;
   int32_t n;
   int32_t m;

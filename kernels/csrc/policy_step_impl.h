@@ -39,13 +39,20 @@ class PolicyLanes {
   // Vectors of tables that a thread needs.
   static int64_t table_vectors(int32_t n) { return 3 * (int64_t{1} << n); }
 
+  // Masks written so far that are not a most likely one.
+  int64_t flips() const {
+    int64_t sum = 0;
+    for (int lane = 0; lane < kLanes; ++lane) sum += flips_[lane];
+    return sum;
+  }
+
   // Groups [group, group + kLanes), of which `count` exist; the others go through a buffer of zeros.
   void run(int64_t group, int64_t count) {
     float* logits = call_.logits + group * m();
     const char* weight = static_cast<const char*>(call_.weight) + group * m() * call_.weight_bytes;
     char* masked = static_cast<char*>(call_.masked) + group * m() * call_.weight_bytes;
     const float* gains = call_.gains + group * m();
-    if (count == kLanes) return run_whole(group, logits, gains, weight, masked);
+    if (count == kLanes) return run_whole(group, count, logits, gains, weight, masked);
     float some_gains[kLanes * kMaxGroup] = {};
     float some_logits[kLanes * kMaxGroup] = {};
     char some_weight[4 * kLanes * kMaxGroup] = {};
@@ -55,7 +62,7 @@ class PolicyLanes {
     memcpy(some_logits, logits, elements * sizeof(float));
     if (call_.gains != nullptr) memcpy(some_gains, gains, elements * sizeof(float));
     if (call_.masked != nullptr) memcpy(some_weight, weight, bytes);
-    run_whole(group, some_logits, some_gains, some_weight, some_masked);
+    run_whole(group, count, some_logits, some_gains, some_weight, some_masked);
     memcpy(logits, some_logits, elements * sizeof(float));
     if (call_.masked != nullptr) memcpy(masked, some_masked, bytes);
   }
@@ -64,7 +71,7 @@ class PolicyLanes {
   int n() const { return kN ? kN : call_.n; }
   int m() const { return kM ? kM : call_.m; }
 
-  void run_whole(int64_t group, float* logits, const float* gains, const char* weight, char* masked) {
+  void run_whole(int64_t group, int64_t count, float* logits, const float* gains, const char* weight, char* masked) {
     Floats spare[kMaxGroup];
     memcpy(logits_, logits, sizeof(Floats) * static_cast<size_t>(m()));
     rows_to_columns(logits_, spare, m());
@@ -95,6 +102,7 @@ class PolicyLanes {
     }
     if (call_.masked == nullptr) return;
     draw(group, call_.next_draw);
+    count_flips(count);
     if (call_.weight_bytes == 2) {
       store_masked<Shorts>(weight, masked);
     } else {
@@ -120,6 +128,18 @@ class PolicyLanes {
     }
     const float others = static_cast<float>(call_.updates - 1);
     for (int32_t i = 0; i < call_.updates; ++i) advantage_[i] -= (total - advantage_[i]) / others;
+  }
+
+  // A mask is a most likely one if no column it drops has a larger logit than one it keeps.
+  void count_flips(int64_t count) {
+    Floats least = splat(3.4e38f), most = splat(-3.4e38f);
+    for (int j = 0; j < m(); ++j) {
+      least = ((kept_[j] != 0) & (logits_[j] < least)) ? logits_[j] : least;
+      most = ((kept_[j] == 0) & (logits_[j] > most)) ? logits_[j] : most;
+    }
+    Ints lane_number;
+    for (int lane = 0; lane < kLanes; ++lane) lane_number[lane] = lane;
+    flips_ -= (Ints)(least < most) & (Ints)(lane_number < static_cast<int32_t>(count));
   }
 
   template <class Weights>
@@ -313,6 +333,7 @@ class PolicyLanes {
   Floats* log_rest_;
   Floats logits_[kMaxGroup];
   Ints kept_[kMaxGroup];
+  Ints flips_ = {};
   Ints drawn_[MASKPRO_MAX_GAIN_DRAWS];
   Floats advantage_[MASKPRO_MAX_GAIN_DRAWS];
 };
@@ -332,6 +353,10 @@ int32_t run_pattern(const PolicyStep& call) {
       const int64_t group = block * kLanes;
       const int64_t rest = call.groups - group;
       lanes.run(group, rest < kLanes ? rest : kLanes);
+    }
+    if (call.flips != nullptr) {
+#pragma omp atomic
+      *call.flips += lanes.flips();
     }
   }
   return MASKPRO_OK;

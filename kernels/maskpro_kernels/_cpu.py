@@ -14,7 +14,7 @@ from torch import Tensor
 
 from maskpro_kernels.errors import NativeLibraryError
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 LIBRARY_NAME = "libmaskpro_kernels.so"
 
 ISA_CODES = {"portable": 0, "avx2": 1, "avx512": 2}
@@ -80,7 +80,7 @@ def library() -> ctypes.CDLL:
     lib.maskpro_nm_linear.restype = i32
     u32, u64 = ctypes.c_uint32, ctypes.c_uint64
     lib.maskpro_policy_step.argtypes = (
-        [pointer] * 3 + [i64] + [i32] * 3 + [pointer] * 3 + [i32, u64, u64, u32, i32, i32]
+        [pointer] * 4 + [i64] + [i32] * 3 + [pointer] * 3 + [i32, u64, u64, u32, i32, i32]
     )
     lib.maskpro_policy_step.restype = i32
     return lib
@@ -140,8 +140,9 @@ def nm_linear(
 
 
 def policy_step(
-    logits: Tensor, weight: Tensor | None, masked: Tensor | None, gains: Tensor | None, n: int, m: int,
-    updates: Sequence[tuple[float, int]], next_draw: int, seed: int, stream: int, isa: str, threads: int,
+    logits: Tensor, weight: Tensor | None, masked: Tensor | None, gains: Tensor | None, flips: Tensor | None,
+    n: int, m: int, updates: Sequence[tuple[float, int]], next_draw: int, seed: int, stream: int, isa: str,
+    threads: int,
 ) -> None:  # fmt: skip
     """Calls the native kernel; arguments were checked by :mod:`maskpro_kernels.policy_step`.
 
@@ -150,6 +151,7 @@ def policy_step(
         weight: as many elements of 2 or 4 bytes, contiguous; None with masked.
         masked: the same, written; None to update only.
         gains: float32, as many elements, contiguous; or None.
+        flips: one int64, added to; or None.
         n: kept weights per group.
         m: group size.
         updates: (coefficient, draw) of every update.
@@ -166,6 +168,7 @@ def policy_step(
         logits.data_ptr(),
         None if masked is None else masked.data_ptr(),
         None if weight is None else weight.data_ptr(),
+        None if flips is None else flips.data_ptr(),
         logits.numel() // m,
         n,
         m,

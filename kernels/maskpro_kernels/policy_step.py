@@ -6,12 +6,14 @@ from the logits it was drawn from; the caller must not change them in between.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from maskpro_kernels import _cpu
+from maskpro_kernels.errors import UnsupportedKernelError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,7 +22,6 @@ if TYPE_CHECKING:
 
 SUPPORTED_M = (4, 8, 16)
 """Larger groups have too many subsets for an exact score."""
-
 
 MAX_GAIN_DRAWS = 16
 """Draws of one group that can be compared by their gains."""
@@ -38,8 +39,11 @@ def policy_step(
     weight: Tensor | None = None,
     masked: Tensor | None = None,
     next_draw: int = 0,
+    flips: Tensor | None = None,
 ) -> None:
     """``logits += sum of coefficient * score(mask of draw)``; then ``masked = weight`` under the next draw's mask.
+
+    All tensors are on one device: the CPU runs C++, a CUDA GPU Triton.
 
     Args:
         logits: float32 (out_features, in_features), contiguous; groups are m consecutive inputs. Updated in place.
@@ -52,11 +56,15 @@ def policy_step(
         weight: dense weight of the same shape, 2 or 4 bytes an element, contiguous.
         masked: what the model computes with: same shape and dtype, contiguous. None only updates.
         next_draw: number of the draw that ``masked`` gets, 64 bits.
+        flips: int64 of one element, or None: the groups are added to it whose mask in ``masked`` is not a most likely
+            one of theirs.
 
     Raises:
         ValueError: shapes, dtypes or numbers are impossible.
+        UnsupportedKernelError: another device, or a GPU without Triton.
 
-    Cost: one pass; O(2^n) arithmetic per group and update. Any number of threads gives the same bits.
+    Cost: one pass. Arithmetic per group and update is O(2^n) on the CPU, O(m) times at most 125 on a GPU. Any number
+    of threads gives the same bits; a GPU draws the same masks from the same logits, and updates them to rounding.
     Source: MaskPro (arXiv:2506.12876), equation of the policy gradient; Philox (Salmon et al., SC 2011).
     """
     _check(logits, pattern, weight, masked)
@@ -68,20 +76,47 @@ def policy_step(
             )
         if not 2 <= len(updates) <= MAX_GAIN_DRAWS:
             raise ValueError(f"policy_step: gains compare 2 to {MAX_GAIN_DRAWS} draws, found {len(updates)}")
+    if flips is not None and (flips.dtype != torch.int64 or flips.numel() != 1):
+        raise ValueError(f"policy_step: expected one int64 of flips, found {flips.dtype} {tuple(flips.shape)}")
     for coefficient, _ in updates:
         if not abs(coefficient) < float("inf"):
             raise ValueError(f"policy_step: an update's coefficient is {coefficient}")
-    _cpu.policy_step(
-        logits, weight, masked, gains, pattern.n, pattern.m, updates, next_draw, seed, stream,
-        _cpu.available_isas()[0], torch.get_num_threads(),
-    )  # fmt: skip
+    for name, tensor in (("weight", weight), ("masked", masked), ("gains", gains), ("flips", flips)):
+        if tensor is not None and tensor.device != logits.device:
+            raise ValueError(f"policy_step: logits on {logits.device}, {name} on {tensor.device}")
+    match logits.device.type:
+        case "cpu":
+            _cpu.policy_step(
+                logits, weight, masked, gains, flips, pattern.n, pattern.m, updates, next_draw, seed, stream,
+                _cpu.available_isas()[0], torch.get_num_threads(),
+            )  # fmt: skip
+        case "cuda":
+            _triton_policy_step()(
+                logits, weight, masked, gains, flips, pattern.n, pattern.m, updates, next_draw, seed, stream
+            )
+        case _:
+            raise UnsupportedKernelError(
+                f"policy_step: no kernel for {logits.device}: expected the CPU or a CUDA device"
+            )
+
+
+@functools.cache
+def _triton_policy_step() -> Callable[..., None]:
+    """The Triton kernel's caller: imported where a GPU is used, as a CPU's torch comes without Triton."""
+    try:
+        from maskpro_kernels.triton.policy_step import policy_step as run
+    except ImportError as error:
+        raise UnsupportedKernelError(
+            f"policy_step: a CUDA device needs Triton, which cannot be imported: {error}"
+        ) from error
+    return run
 
 
 def _check(logits: Tensor, pattern: NMPattern, weight: Tensor | None, masked: Tensor | None) -> None:
     if pattern.m not in SUPPORTED_M:
         raise ValueError(f"policy_step: expected groups of {SUPPORTED_M}, found pattern {pattern}")
-    if logits.dtype != torch.float32 or not logits.is_contiguous() or logits.device.type != "cpu":
-        raise ValueError(f"policy_step: expected contiguous float32 logits on the CPU, found {logits.dtype}")
+    if logits.dtype != torch.float32 or not logits.is_contiguous():
+        raise ValueError(f"policy_step: expected contiguous float32 logits, found {logits.dtype}")
     if logits.shape[-1] % pattern.m:
         raise ValueError(f"policy_step: {pattern.m} does not divide in_features = {logits.shape[-1]}")
     if masked is None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from maskpro_kernels import NMPattern, _cpu
 from maskpro_kernels.policy_step import policy_step
-from maskpro_learner.policy import log_prob, score
+from maskpro_learner.policy import log_prob, most_likely, score
 
 ISAS = ("avx512", "avx2", "portable")
 PATTERNS = st.sampled_from([4, 8]).flatmap(lambda m: st.builds(NMPattern, st.integers(1, m), st.just(m)))
@@ -22,7 +22,9 @@ def run(logits, pattern, *, isa, threads=1, updates=(), gains=None, draw=0, seed
     logits = logits.clone()
     weight = torch.ones(logits.shape, dtype=dtype)
     masked = torch.full_like(weight, 7)
-    _cpu.policy_step(logits, weight, masked, gains, pattern.n, pattern.m, updates, draw, seed, stream, isa, threads)
+    _cpu.policy_step(
+        logits, weight, masked, gains, None, pattern.n, pattern.m, updates, draw, seed, stream, isa, threads
+    )
     assert bool(((masked == 0) | (masked == 1)).all()), "an element was not written"
     return logits, masked != 0
 
@@ -113,6 +115,32 @@ def test_gains_weigh_each_group_by_what_its_draw_gains_over_the_others(isa, patt
     assert float(difference.abs().max()) < 2e-5 * count
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 4), (3, 8), (8, 16)])
+def test_flips_are_the_groups_whose_mask_is_not_a_most_likely_one(isa, n, m):
+    if isa not in _cpu.available_isas():
+        pytest.skip(f"this machine has no {isa}")
+    for groups in (1, 3, 37):  # also fewer than a vector has lanes, whose unused lanes must not count
+        logits = torch.randn((1, groups * m), generator=torch.Generator().manual_seed(groups))
+        weight = torch.ones(logits.shape)
+        masked, flips = torch.empty_like(weight), torch.tensor([100])
+        arguments = [logits, weight, masked, None, flips, n, m, [(0.5, 5)], 6, 1, 0, isa, 2]
+        _cpu.policy_step(*arguments)
+        found, likely = masked.reshape(-1, m) != 0, most_likely(logits.reshape(-1, m), n)
+        assert int(flips) == 100 + int((found != likely).any(1).sum())
+        assert n == m or groups < 37 or int(flips) > 100
+
+
+@pytest.mark.parametrize(("n", "m"), [(1, 16), (8, 16), (15, 16)])
+def test_large_groups(n, m):
+    logits = 3 * torch.randn((1, 5 * m), generator=torch.Generator().manual_seed(n))
+    isa = _cpu.available_isas()[0]
+    _, mask = run(logits, NMPattern(n, m), isa=isa, draw=4)
+    updated, _ = run(logits, NMPattern(n, m), isa=isa, updates=[(1.0, 4)])
+    expected = logits.double() + score(logits.double().reshape(-1, m), mask.reshape(-1, m)).reshape(logits.shape)
+    torch.testing.assert_close(updated.double(), expected, rtol=0, atol=5e-5)  # a sum of 2^15 for 15:16
+
+
 @given(pattern=PATTERNS, rows=st.integers(1, 9), groups=st.integers(1, 60), seed=st.integers(0, 2**32))
 @settings(deadline=None, max_examples=60)
 def test_every_instruction_set_and_number_of_threads_gives_the_same_bits(pattern, rows, groups, seed):
@@ -165,6 +193,7 @@ def test_extreme_logits_stay_finite(value):
     [
         ({"pattern": NMPattern(2, 32)}, "expected groups of"),
         ({"logits": torch.zeros(2, 16).double()}, "float32 logits"),
+        ({"flips": torch.zeros(1)}, "one int64 of flips, found torch.float32"),
         ({"logits": torch.zeros(16, 2).T}, "contiguous float32 logits"),
         ({"logits": torch.zeros(2, 18)}, "4 does not divide in_features = 18"),
         ({"masked": torch.zeros(2, 8)}, r"masked of shape \(2, 16\), found \(2, 8\)"),

@@ -1,0 +1,1 @@
+"""Kernels for CUDA GPUs, in Triton: imported only where a tensor is on one."""
