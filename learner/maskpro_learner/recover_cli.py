@@ -20,8 +20,9 @@ from maskpro_kernels import LowRank, MaskFile, read_masks, read_recovery, write_
 from maskpro_learner.calibration import calibration_blocks
 from maskpro_learner.checkpoints import check_model, file_sha256, load_model, load_tokenizer, weights_sha256
 from maskpro_learner.errors import LearnerError
+from maskpro_learner.layers import select_layers
 from maskpro_learner.progress import progress_bar, quiet_transformers
-from maskpro_learner.recovery import DistillStep, RecoverConfig, distill, reconstruct
+from maskpro_learner.recovery import BlockFit, DistillStep, RecoverConfig, distill, reconstruct
 from maskpro_learner.run import Interrupted, StopRequest
 
 
@@ -44,6 +45,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     data.add_argument("--samples", type=int, default=64, help="blocks of text for the block by block fit (default 64)")
     data.add_argument("--length", type=int, default=256, help="tokens of a block (default 256)")
     data.add_argument("--batch", type=int, default=default.batch, help=f"blocks run at once (default {default.batch})")
+    blocks = parser.add_argument_group("block by block fit")
+    blocks.add_argument("--block-steps", type=int, default=default.block_steps, help="of Adam on each block")
+    blocks.add_argument("--block-learning-rate", type=float, default=default.block_learning_rate)
     training = parser.add_argument_group("distillation from the dense model")
     training.add_argument("--steps", type=int, default=default.steps, help=f"(default {default.steps}; 0: none)")
     training.add_argument("--minibatch", type=int, default=default.minibatch, help="blocks of text in a step")
@@ -67,8 +71,9 @@ def recover(options: argparse.Namespace, console: Console) -> None:
         Interrupted: a signal came; the checkpoint is written.
     """
     config = RecoverConfig(
-        options.rank, options.steps, options.learning_rate, options.minibatch, options.batch, options.seed
-    )
+        options.rank, options.block_steps, options.block_learning_rate, options.steps, options.learning_rate,
+        options.minibatch, options.batch, options.seed,
+    )  # fmt: skip
     if not options.output.parent.is_dir():
         raise LearnerError(f"{options.output}: its folder does not exist")
     check_model(options.model)
@@ -79,12 +84,16 @@ def recover(options: argparse.Namespace, console: Console) -> None:
     text: Tensor | None = None
     if config.steps:  # read before anything slow, so that too little text is known at once
         text = _text(options, config, tokenizer)
-    updates = _start(options, model, tokenizer, file)
+    fits: list[BlockFit] = []
+    if options.start is not None:
+        updates = read_recovery(options.start).updates
+    else:
+        updates, fits = _reconstruct(options, config, model, tokenizer, file)
     steps: list[DistillStep] = []
     if text is not None:
         updates, steps = _distill(options, config, model, text, file, updates)
     write_recovery(options.output, updates, provenance=_provenance(options, config))
-    console.print(_summary(options.output, updates, steps))
+    console.print(_summary(options.output, updates, fits, steps))
 
 
 def _text(options: argparse.Namespace, config: RecoverConfig, tokenizer: PreTrainedTokenizerBase) -> Tensor:
@@ -106,18 +115,21 @@ def _text(options: argparse.Namespace, config: RecoverConfig, tokenizer: PreTrai
     )
 
 
-def _start(
-    options: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file: MaskFile
-) -> dict[str, LowRank]:
-    if options.start is not None:
-        return read_recovery(options.start).updates
+def _reconstruct(
+    options: argparse.Namespace, config: RecoverConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
+    file: MaskFile,
+) -> tuple[dict[str, LowRank], list[BlockFit]]:  # fmt: skip
     tokens = calibration_blocks(
         options.calibration, tokenizer, samples=options.samples, length=options.length, seed=options.seed
     )
-    with progress_bar("block by block", len(file.masks)) as advance:
-        return reconstruct(
-            model, tokens, file.masks, file.pattern, options.rank, batch=options.batch, advance=advance
-        )  # fmt: skip
+    fits: list[BlockFit] = []
+    with progress_bar("block by block", len(select_layers(model, file.pattern).blocks)) as advance:
+
+        def on_block(fit: BlockFit) -> None:
+            fits.append(fit)
+            advance(1)
+
+        return reconstruct(model, tokens, file.masks, file.pattern, config, on_block=on_block), fits
 
 
 def _distill(
@@ -176,10 +188,13 @@ def _provenance(options: argparse.Namespace, config: RecoverConfig) -> dict[str,
     return {key: str(value) for key, value in entries.items() if value is not None}
 
 
-def _summary(output: Path, updates: dict[str, LowRank], steps: list[DistillStep]) -> Table:
+def _summary(output: Path, updates: dict[str, LowRank], fits: list[BlockFit], steps: list[DistillStep]) -> Table:
     table = Table(show_header=False)
     numbers = sum(update.b.numel() + update.a.numel() for update in updates.values())
     table.add_row("recovered", f"{len(updates)} layers, {numbers:,} numbers of 8 bits")
+    if fits:
+        before, after = (sum(values) / len(fits) for values in ([f.before for f in fits], [f.after for f in fits]))
+        table.add_row("blocks", f"relative error {before:.4f} to {after:.4f}, mean of {len(fits)}")
     if steps:
         part = max(1, len(steps) // 10)
         first, last = (sum(s.divergence for s in some) / part for some in (steps[:part], steps[-part:]))

@@ -1,7 +1,8 @@
 """Wins back what pruning lost: W' = m * (W + B A), of low rank, merged into the kept weights at no cost at inference.
 
-Two stages. :func:`reconstruct` goes block by block and fits every layer's update to the layer's dense output, in
-closed form but for a few steps. :func:`distill` then trains all updates together towards the dense model's
+Two stages. :func:`reconstruct` goes block by block: it fits every layer's update to the layer's dense output, then
+trains those of the block together so that the block, given what the recovered blocks before it make of the text,
+puts out what the dense model has there. :func:`distill` then trains all updates together towards the dense model's
 predictions, the Kullback-Leibler divergence for every token: of calibration text a dense model says much more than
 the text's next tokens do.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,15 +43,18 @@ class RecoverConfig:
 
     Attributes:
         rank: of every update.
+        block_steps: of Adam on each block; 0 leaves it at the layers' own fits.
+        block_learning_rate: of those, relative to each factor's root mean square at the start, as the next.
         steps: of distillation; 0 leaves it out.
-        learning_rate: of Adam, relative to each factor's root mean square at the start; it warms up for 5% of the
-            steps and falls to 0 along a cosine.
+        learning_rate: of Adam in distillation; it warms up for 5% of the steps and falls to 0 along a cosine.
         minibatch: blocks of text in a step.
         batch: of those, how many run through the models at once; memory only.
         seed: of the order of the text.
     """
 
     rank: int = 32
+    block_steps: int = 64
+    block_learning_rate: float = 0.02
     steps: int = 300
     learning_rate: float = 0.02
     minibatch: int = 8
@@ -58,11 +62,21 @@ class RecoverConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("rank", 1), ("steps", 0), ("minibatch", 1), ("batch", 1)):
+        for name, least in (("rank", 1), ("block_steps", 0), ("steps", 0), ("minibatch", 1), ("batch", 1)):
             if getattr(self, name) < least:
                 raise LearnerError(f"recovery: {name}: expected at least {least}, found {getattr(self, name)}")
-        if not self.learning_rate > 0:
-            raise LearnerError(f"recovery: learning_rate: expected above 0, found {self.learning_rate}")
+        for name in ("block_learning_rate", "learning_rate"):
+            if not getattr(self, name) > 0:
+                raise LearnerError(f"recovery: {name}: expected above 0, found {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class BlockFit:
+    """One block: its number from 0, the relative squared error of its output before and after training."""
+
+    block: int
+    before: float
+    after: float
 
 
 @dataclass(frozen=True)
@@ -72,6 +86,24 @@ class DistillStep:
     step: int
     divergence: float
     seconds: float
+
+
+def relative_adam(factors: Iterable[nn.Parameter]) -> torch.optim.Adam:
+    """Adam whose learning rate is relative to each factor's root mean square at the start."""
+    groups = [{"params": [factor], "size": root_mean_square(factor)} for factor in factors]
+    return torch.optim.Adam(groups, betas=(0.9, 0.98))
+
+
+def set_learning_rate(adam: torch.optim.Adam, peak: float, done: int, steps: int) -> None:
+    """For the step after ``done``: a linear warm-up, then a cosine to 0."""
+    position = (done + 1) / steps
+    warm = (
+        position / _WARMUP
+        if position < _WARMUP
+        else 0.5 * (1 + math.cos(math.pi * (position - _WARMUP) / (1 - _WARMUP)))
+    )
+    for group in adam.param_groups:
+        group["lr"] = peak * warm * group["size"]
 
 
 def learning_linears(model: PreTrainedModel, masks: Mapping[str, Tensor], pattern: NMPattern) -> dict[str, nn.Linear]:
@@ -88,57 +120,90 @@ def learning_linears(model: PreTrainedModel, masks: Mapping[str, Tensor], patter
     return {name: linear for name, linear in linears.items() if name in masks}
 
 
-@torch.no_grad()
 def reconstruct(
     model: PreTrainedModel,
     tokens: Tensor,
     masks: Mapping[str, Tensor],
     pattern: NMPattern,
-    rank: int,
+    config: RecoverConfig,
     *,
-    batch: int = 4,
-    advance: Callable[[int], None] = lambda count: None,
+    on_block: Callable[[BlockFit], None] = lambda fit: None,
 ) -> dict[str, LowRank]:
-    """Fits every layer's update to its dense output, on inputs that come from the blocks before it, recovered.
+    """Fits updates block by block; the inputs of a block come from the recovered blocks before it.
 
     Args:
         model: the dense model; its weights are as before at the end.
         tokens: int64 (samples, length), calibration text.
         masks: weight name to boolean mask.
         pattern: the masks' pattern.
-        rank: of the updates.
-        batch: samples run at once.
-        advance: called with the number of linears done.
+        config: the settings; ``block_steps`` and ``batch`` among them.
+        on_block: called after every block.
 
     Returns:
         Weight name to update.
 
-    Cost: per layer, 80 products of (out, in) with (in, in), and five eigendecompositions of the smaller side.
+    Cost: per layer, 80 products of (out, in) with (in, in), and five eigendecompositions of the smaller side; per
+        block, ``block_steps`` forward and backward passes over ``batch`` blocks of text.
     """
     layers = select_layers(model, pattern)
     known = learning_linears(model, masks, pattern)
-    dense = {name: linear.weight.data for name, linear in known.items()}
-    runner = BlockRunner(model, layers.blocks, tokens, batch=batch)
+    dense_weights = {name: linear.weight.data for name, linear in known.items()}
+    dense = BlockRunner(model, layers.blocks, tokens, batch=config.batch)
+    runner = BlockRunner(model, layers.blocks, tokens, batch=config.batch)
     updates: dict[str, LowRank] = {}
     try:
         for index, block in enumerate(layers.blocks):
+            linears = {f"{name}.weight": linear for name, linear in block.linears.items() if f"{name}.weight" in known}
             statistics = runner.statistics(index, with_gram=True)
-            for module_name, linear in block.linears.items():
-                name = f"{module_name}.weight"
-                if name not in known:
-                    continue
-                gram = statistics[module_name].gram
+            dense.advance(index)
+            found = {}
+            for name, linear in linears.items():
+                gram = statistics[name.removesuffix(".weight")].gram
                 assert gram is not None
-                weight, mask = linear.weight.float(), masks[name].to(linear.weight.device)
-                update = low_rank_refit(weight, damped(gram), mask, rank)
-                linear.weight.data = torch.where(mask, weight + update.b @ update.a, 0).to(linear.weight.dtype)
-                updates[name] = LowRank(update.b.cpu(), update.a.cpu())
-                advance(1)
-            runner.advance(index)
+                mask = masks[name].to(gram.device)
+                found[name] = low_rank_refit(linear.weight.float(), damped(gram), mask, config.rank)
+            with _parametrized(linears, masks, found) as modules:
+                fit = _train_block(index, runner, dense.hidden, modules, config)
+                runner.advance(index)
+            updates |= {name: module.update() for name, module in modules.items()}
+            for name, linear in linears.items():
+                linear.weight.data = torch.where(masks[name].to(linear.weight.device), linear.weight, 0)
+            on_block(fit)
     finally:
         for name, linear in known.items():
-            linear.weight.data = dense[name]
+            linear.weight.data = dense_weights[name]
     return updates
+
+
+def _train_block(
+    index: int, runner: BlockRunner, targets: list[Tensor], modules: dict[str, _Recovered], config: RecoverConfig
+) -> BlockFit:
+    """Trains one block's updates on the mean squared difference from the dense model's hidden states."""
+    factors = [factor for module in modules.values() for factor in module.parameters()]
+    adam = relative_adam(factors)
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + index)
+    before = _relative_error(index, runner, targets)
+    order: list[int] = []
+    for step in range(config.block_steps):
+        if not order:
+            order = torch.randperm(len(targets), generator=generator).tolist()
+        position = order.pop()
+        set_learning_rate(adam, config.block_learning_rate, step, config.block_steps)
+        adam.zero_grad()
+        with torch.enable_grad():
+            difference = runner.call(index, runner.hidden[position]) - targets[position]
+            (difference.square().sum() / targets[position].square().sum()).backward()
+        adam.step()
+    return BlockFit(index, before, _relative_error(index, runner, targets) if config.block_steps else before)
+
+
+@torch.no_grad()
+def _relative_error(index: int, runner: BlockRunner, targets: list[Tensor]) -> float:
+    pairs = [
+        ((runner.call(index, x) - y).square().sum(), y.square().sum())
+        for x, y in zip(runner.hidden, targets, strict=True)
+    ]
+    return float(sum(error for error, _ in pairs) / sum(size for _, size in pairs))
 
 
 class _Recovered(nn.Module):
@@ -152,6 +217,10 @@ class _Recovered(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         return torch.where(self.mask, weight + (self.b @ self.a).to(weight.dtype), 0)
+
+    def update(self) -> LowRank:
+        """The factors as they are now, on the CPU."""
+        return LowRank(self.b.detach().cpu().clone(), self.a.detach().cpu().clone())
 
 
 @contextmanager
@@ -241,17 +310,13 @@ class _Distillation:
             for name, module in recovered.items()
             for which, factor in module.named_parameters()
         }
-        self._adam = torch.optim.Adam(
-            [{"params": [factor], "size": root_mean_square(factor)} for factor in self._factors.values()],
-            betas=(0.9, 0.98),
-        )
+        self._adam = relative_adam(self._factors.values())
         self._first = [group["size"] for group in self._adam.param_groups]
 
     def advance(self) -> DistillStep:
         """One minibatch."""
         begin = time.monotonic()
-        for group in self._adam.param_groups:
-            group["lr"] = self._rate() * group["size"]
+        set_learning_rate(self._adam, self._config.learning_rate, self.done, self._config.steps)
         blocks = self._tokens[self._minibatch()]
         self._adam.zero_grad()
         total = 0.0
@@ -268,13 +333,6 @@ class _Distillation:
         self._adam.step()
         self.done += 1
         return DistillStep(self.done, total, time.monotonic() - begin)
-
-    def _rate(self) -> float:
-        """Of the step that is next: linear warm-up, then a cosine to 0."""
-        position = (self.done + 1) / self._config.steps
-        if position < _WARMUP:
-            return self._config.learning_rate * position / _WARMUP
-        return self._config.learning_rate * 0.5 * (1 + math.cos(math.pi * (position - _WARMUP) / (1 - _WARMUP)))
 
     def _minibatch(self) -> Tensor:
         """Indices of blocks: epochs, each in an order of its own."""

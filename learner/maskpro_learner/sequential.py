@@ -98,7 +98,7 @@ class BlockRunner:
         self._calls = self._capture_calls(model, batches[0])
         self.hidden = [self._first_input(model, part) for part in batches]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _capture_calls(self, model: PreTrainedModel, tokens: Tensor) -> list[Call]:
         """One forward pass that notes the arguments of every block: masks differ between blocks in some models."""
         calls: dict[nn.Module, Call] = {}
@@ -111,7 +111,7 @@ class BlockRunner:
             model.base_model(input_ids=tokens, use_cache=False)
         return [calls[block.module] for block in self._blocks]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _first_input(self, model: PreTrainedModel, tokens: Tensor) -> Tensor:
         found: list[Tensor] = []
 
@@ -123,24 +123,25 @@ class BlockRunner:
             model.base_model(input_ids=tokens, use_cache=False)
         return found[0]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def statistics(self, index: int, *, with_gram: bool) -> Mapping[str, InputStatistics]:
         """Input statistics of every prunable linear of one block, from the hidden states that reach it."""
         collector = _Collector(self._blocks[index], with_gram=with_gram)
         try:
             for hidden in self.hidden:
-                self._call(index, hidden)
+                self.call(index, hidden)
         finally:
             collector.close()
         return collector.statistics
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def advance(self, index: int) -> None:
         """Runs one block, with whatever weights it has now, over all hidden states."""
         for position, hidden in enumerate(self.hidden):
-            self.hidden[position] = self._call(index, hidden)
+            self.hidden[position] = self.call(index, hidden)
 
-    def _call(self, index: int, hidden: Tensor) -> Tensor:
+    def call(self, index: int, hidden: Tensor) -> Tensor:
+        """One block's output, as the model would call it."""
         args, kwargs = self._calls[index]
         output = self._blocks[index].module(hidden, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output

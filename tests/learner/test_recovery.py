@@ -78,13 +78,28 @@ def tiny():
     return model, tokens, masks
 
 
-CONFIG = RecoverConfig(rank=4, steps=12, minibatch=5, batch=3, learning_rate=0.05)
+CONFIG = RecoverConfig(rank=4, block_steps=4, steps=12, minibatch=5, batch=3, learning_rate=0.05)
 
 
 def recover(tiny, config=CONFIG, **arguments):
     model, tokens, masks = tiny
-    updates = reconstruct(model, tokens, masks, PATTERN, config.rank)
+    updates = reconstruct(model, tokens, masks, PATTERN, config)
     return distill(model, copy.deepcopy(model), tokens, masks, PATTERN, updates, config, **arguments)
+
+
+def test_training_a_block_brings_it_closer_to_the_dense_one(tiny):
+    model, tokens, masks = tiny
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    fits = []
+    config = dataclasses.replace(CONFIG, block_steps=60)
+    updates = reconstruct(model, tokens, masks, PATTERN, config, on_block=fits.append)
+    assert updates.keys() == masks.keys()
+    assert [fit.block for fit in fits] == [0, 1]
+    assert all(fit.after < 0.9 * fit.before for fit in fits)
+    untrained = []
+    reconstruct(model, tokens, masks, PATTERN, dataclasses.replace(config, block_steps=0), on_block=untrained.append)
+    assert untrained[0].before == untrained[0].after == fits[0].before
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
 def test_distillation_comes_closer_to_the_dense_model_and_leaves_it_alone(tiny):
@@ -128,7 +143,7 @@ def test_masks_of_another_model_are_refused(tiny):
     model, tokens, masks = tiny
     wrong = {"model.layers.9.mlp.up_proj.weight": next(iter(masks.values()))}
     with pytest.raises(LearnerError, match=r"layers\.9\.mlp\.up_proj\.weight: expected a mask of shape None"):
-        reconstruct(model, tokens, wrong, PATTERN, 2)
+        reconstruct(model, tokens, wrong, PATTERN, CONFIG)
 
 
 def test_the_command_writes_a_recovery_file(model_folder, text_file, tmp_path, capsys):
@@ -140,7 +155,8 @@ def test_the_command_writes_a_recovery_file(model_folder, text_file, tmp_path, c
     output = tmp_path / "r.safetensors"
     command = [
         "--model", str(model_folder), "--mask", str(tmp_path / "m.safetensors"), "--calibration", str(text_file),
-        "--samples", "8", "--length", "16", "--rank", "2", "--steps", "3", "--minibatch", "4", "--output", str(output),
+        "--samples", "8", "--length", "16", "--rank", "2", "--block-steps", "2", "--steps", "3", "--minibatch", "4",
+        "--output", str(output),
     ]  # fmt: skip
     assert main(command) == 0
     file = read_recovery(output)
