@@ -53,7 +53,7 @@ def test_every_decoder_linear_is_strict_2_to_4(cache):
     packed = {name: weight for name, weight in weights.items() if isinstance(weight, NMWeight)}
     assert len(packed) == 7 * config["num_hidden_layers"] == 210
     assert sum(w.nbytes for w in packed.values()) == 0.5625 * sum(w.dense_nbytes for w in packed.values())
-    assert config["quantization_config"]["method"] == "wanda"
+    assert config["quantization_config"]["method"].startswith("maskpro")
 
 
 def test_an_interrupted_build_leaves_nothing_and_the_next_succeeds(cache, tmp_path):

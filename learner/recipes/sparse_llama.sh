@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Makes the mask of sparse-llama, as it ships in maskpro_serve/assets. About 75 minutes on two AVX2 cores.
+#   learner/recipes/sparse_llama.sh DENSE C4.txt C4.jsonl FOLDER
+# DENSE is the folder that `maskpro-serve --model dense-llama` builds in its cache; FOLDER gets everything made here.
+set -euo pipefail
+dense=$1 c4=$2 c4_more=$3 folder=$4
+mkdir -p "$folder"
+# glibc gives freed activations back to the kernel and faults them in again every step; kept, a step is a third faster.
+export GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000
+
+# The model's own answers, in its chat format; the result is in the repository as sparse_llama_chat.jsonl.
+chat=$folder/chat.jsonl
+python -m maskpro_learner.chat_corpus --model "$dense" --prompts 1408 --max-new-tokens 96 --seed 1 --output "$chat"
+
+# A one-shot mask to start from. The search is a long row of small products: one thread is fastest.
+OMP_NUM_THREADS=1 maskpro-learn --model "$dense" --pattern 2:4 --init swap --calibration "$c4" "$chat" \
+  --samples 64 --length 256 --batch 8 --encoding states --output "$folder/swap.safetensors"
+
+maskpro-learn --model "$dense" --pattern 2:4 --init "$folder/swap.safetensors" \
+  --calibration "$c4" "$c4_more" "$chat" --samples 390 --length 256 --steps 130 \
+  --estimator first-order --start margin --initial-logit 3 --learning-rate 0.5 --draws 4 --minibatch 3 --batch 3 \
+  --encoding states --output "$folder/mask.safetensors"
