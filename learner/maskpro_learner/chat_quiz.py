@@ -166,6 +166,18 @@ def _words(pattern: str) -> re.Pattern[str]:
     return re.compile(rf"(?<!\w)(?:{pattern})(?!\w)", re.IGNORECASE)
 
 
+def check_chat(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Checks that a model can be asked anything.
+
+    Raises:
+        ModelError: the tokenizer has no chat template or no end-of-sequence token.
+    """
+    if not tokenizer.chat_template:
+        raise ModelError("the tokenizer has no chat template: this model is no chat model")
+    if tokenizer.eos_token_id is None:
+        raise ModelError("the tokenizer has no end-of-sequence token")
+
+
 def quiz(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -188,10 +200,7 @@ def quiz(
     Raises:
         ModelError: the tokenizer has no chat template or no end-of-sequence token.
     """
-    if not tokenizer.chat_template:
-        raise ModelError("the tokenizer has no chat template: this model is no chat model")
-    if tokenizer.eos_token_id is None:
-        raise ModelError("the tokenizer has no end-of-sequence token")
+    check_chat(tokenizer)
     marked: list[QuizAnswer] = []
     for start in range(0, len(questions), batch):
         part = questions[start : start + batch]
