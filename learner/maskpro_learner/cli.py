@@ -12,9 +12,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from maskpro_kernels import NMPattern, read_masks, write_masks
+from maskpro_kernels import NMPattern, write_masks
 from maskpro_kernels.masks import ENCODINGS
 from maskpro_learner.calibration import calibration_blocks, source_name
 from maskpro_learner.checkpoints import check_model, load_model, load_tokenizer, weights_sha256
@@ -23,6 +22,7 @@ from maskpro_learner.errors import CalibrationError, LearnerError, ModelError
 from maskpro_learner.estimator import ESTIMATORS
 from maskpro_learner.initial_masks import CALIBRATED_METHODS, METHODS, InitialMasks, Method, initial_masks
 from maskpro_learner.layers import select_layers
+from maskpro_learner.mask_sources import SOURCES, masks_from_path
 from maskpro_learner.progress import progress_bar, quiet_transformers
 from maskpro_learner.run import Interrupted, RunFiles, run_learning
 from maskpro_learner.trainer import Step
@@ -33,7 +33,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="maskpro-learn", description=(__doc__ or "").partition(": ")[2])
     parser.add_argument("--model", required=True, help="dense model: a Hugging Face folder or hub id")
     parser.add_argument("--pattern", default="2:4", help="N:M, N of every M inputs are kept (default 2:4)")
-    parser.add_argument("--init", required=True, metavar="|".join([*METHODS, "MASKFILE"]), help="how to make the mask")
+    parser.add_argument(
+        "--init", required=True, metavar="|".join([*METHODS, "PATH"]), help=f"how to make the mask, or {SOURCES}"
+    )
     parser.add_argument("--output", required=True, type=Path, help="mask file to write, .safetensors")
     data = parser.add_argument_group("calibration (wanda, sparsegpt, swap and learning)")
     data.add_argument(
@@ -81,30 +83,6 @@ def provenance(options: argparse.Namespace, method: str) -> dict[str, str]:
     return {key: value for key, value in entries.items() if value is not None}
 
 
-def masks_from_file(
-    path: Path, model: PreTrainedModel, options: argparse.Namespace, pattern: NMPattern
-) -> InitialMasks:
-    """Reads a mask file for this model.
-
-    Raises:
-        MaskFileError: the file cannot be used.
-        LearnerError: it has another pattern, or masks for other layers than the selected ones.
-    """
-    file = read_masks(path)
-    if file.pattern != pattern:
-        raise LearnerError(f"{path}: expected masks of pattern {pattern}, found {file.pattern}")
-    layers = select_layers(model, pattern, include=options.include, exclude=options.exclude)
-    expected = {f"{name}.weight": tuple(linear.weight.shape) for name, linear in layers.linears.items()}
-    found = {name: tuple(mask.shape) for name, mask in file.masks.items()}
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            raise LearnerError(
-                f"{path}: {name}: expected a mask of shape {expected.get(name)}, found {found.get(name)}: "
-                f"is it the mask of another model?"
-            )
-    return InitialMasks({name: file.masks[name] for name in expected}, layers.dense)
-
-
 def summary(result: InitialMasks, rows: Sequence[tuple[str, str]]) -> Table:
     """The table printed at the end."""
     table = Table(show_header=False)
@@ -128,9 +106,9 @@ def learn(options: argparse.Namespace, console: Console) -> None:
         ValueError, OSError: an input that cannot be used; the message is one sentence.
     """
     pattern = NMPattern.parse(options.pattern)
-    mask_file = None if options.init in METHODS else Path(options.init)
-    if mask_file is not None and not mask_file.is_file():
-        raise LearnerError(f"--init {options.init}: expected one of {', '.join(METHODS)}, or a mask file that exists")
+    source = None if options.init in METHODS else Path(options.init)
+    if source is not None and not source.exists():
+        raise LearnerError(f"--init {options.init}: expected one of {', '.join(METHODS)}, {SOURCES}: no such path")
     if not options.output.parent.is_dir():
         raise LearnerError(f"{options.output}: its folder does not exist")
     check_model(options.model)
@@ -149,8 +127,8 @@ def learn(options: argparse.Namespace, console: Console) -> None:
     model = load_model(options.model, getattr(torch, options.dtype), options.device)
     if tokens is not None and int(tokens.max()) >= model.get_input_embeddings().num_embeddings:  # type: ignore[operator]
         raise ModelError(f"{options.model}: the tokenizer makes ids that the model's embedding does not have")
-    if mask_file is not None:
-        result = masks_from_file(mask_file, model, options, pattern)
+    if source is not None:
+        result = masks_from_path(source, model, pattern, include=options.include, exclude=options.exclude)
     else:
         count = len(select_layers(model, pattern, include=options.include, exclude=options.exclude).linears)
         with progress_bar(f"{options.init} {pattern}", count) as advance:
@@ -161,7 +139,7 @@ def learn(options: argparse.Namespace, console: Console) -> None:
     rows: list[tuple[str, str]] = []
     if config is not None:
         assert tokens is not None
-        if mask_file is None:
+        if source is None:
             model = load_model(options.model, getattr(torch, options.dtype), options.device)  # initial_masks pruned it
         learned, steps = run_learning(
             model, tokens, result.masks, config, RunFiles.beside(options.output),
@@ -171,7 +149,7 @@ def learn(options: argparse.Namespace, console: Console) -> None:
         result = InitialMasks(learned, result.dense)
     write_masks(
         options.output, result.masks, pattern,
-        provenance=provenance(options, mask_file.name if mask_file else options.init), encoding=options.encoding,
+        provenance=provenance(options, source.resolve().name if source else options.init), encoding=options.encoding,
     )  # fmt: skip
     console.print(summary(result, [
         ("pattern", str(pattern)),

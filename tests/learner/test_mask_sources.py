@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from maskpro_kernels import MaskFileError, NMPattern, write_masks
+from maskpro_kernels import MaskFileError, NMPattern, read_masks, write_masks
 from maskpro_kernels.packing import top_n_mask
-from maskpro_learner import LearnerError, ModelError, initial_masks
+from maskpro_learner import LearnerError, ModelError, initial_masks, select_layers
+from maskpro_learner.cli import main
 from maskpro_learner.mask_sources import masks_from_path
 
 Build = Callable[..., PreTrainedModel]
@@ -234,3 +235,21 @@ def test_bad_checkpoint_folders(model: PreTrainedModel, masks: dict[str, Tensor]
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(LearnerError, match="found a quantization_config"):
         masks_from_path(folder, model, PATTERN)
+
+
+def test_the_command_takes_them(
+    model_folder: Path, model: PreTrainedModel, masks: dict[str, Tensor], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    output = tmp_path / "out.safetensors"
+    arguments = ["--model", str(model_folder), "--output", str(output), "--device", "cpu", "--init"]
+    for source in (save_npz(tmp_path / "mask.npz", masks), save_pruned(tmp_path / "pruned", model, masks)):
+        assert main([*arguments, str(source)]) == 0
+        file = read_masks(output)
+        assert file.masks.keys() == masks.keys()
+        assert all(torch.equal(file.masks[name], mask) for name, mask in masks.items())
+        assert file.provenance["method"] == source.name
+    assert len(select_layers(model, PATTERN).linears) == 14
+    capsys.readouterr()
+    assert main([*arguments, str(model_folder)]) == 2
+    assert "nonzeros, expected at most 2 of 4" in capsys.readouterr().err
