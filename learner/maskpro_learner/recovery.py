@@ -54,7 +54,7 @@ class RecoverConfig:
 
     rank: int = 32
     block_steps: int = 64
-    block_learning_rate: float = 0.02
+    block_learning_rate: float = 0.05
     steps: int = 300
     learning_rate: float = 0.02
     minibatch: int = 8
