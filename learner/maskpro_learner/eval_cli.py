@@ -56,6 +56,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="maskpro-eval", description=(__doc__ or "").partition(": ")[2])
     parser.add_argument("--model", required=True, help="a Hugging Face folder, dense or packed, or a hub id")
     parser.add_argument("--mask", type=Path, metavar="FILE", help="mask file to apply to a dense model")
+    parser.add_argument("--recovery", type=Path, metavar="FILE", help="recovery file to merge under the mask")
     measured = parser.add_argument_group("what to measure (at least one)")
     measured.add_argument("--text", nargs="+", type=Path, default=[], metavar="FILE", help="perplexity of text files")
     measured.add_argument(
@@ -165,6 +166,7 @@ def document(options: argparse.Namespace, loaded: EvaluatedModel, report: Report
             "name": options.model,
             "kind": loaded.kind,
             "mask": str(options.mask) if options.mask else None,
+            "recovery": str(options.recovery) if options.recovery else None,
             "pattern": str(loaded.pattern) if loaded.pattern else None,
             "provenance": loaded.provenance,
             "warnings": list(loaded.warnings),
@@ -283,7 +285,8 @@ def evaluate(options: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(options.model)
     if inputs.questions:
         check_chat(tokenizer)
-    loaded = load_for_evaluation(options.model, options.mask, getattr(torch, options.dtype), options.device)
+    dtype = getattr(torch, options.dtype)
+    loaded = load_for_evaluation(options.model, options.mask, dtype, options.device, recovery=options.recovery)
     for warning in loaded.warnings:
         print(f"maskpro-eval: warning: {warning}", file=sys.stderr)
     report = measure(loaded, tokenizer, inputs, options)

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from maskpro_kernels import NMPattern, NMWeight, read_masks, unpack
+from maskpro_kernels import LowRank, NMPattern, NMWeight, read_masks, read_recovery, recovered, unpack
 from maskpro_learner.checkpoints import check_model, load_model, weights_sha256
 from maskpro_learner.errors import LearnerError, ModelError
 from maskpro_learner.layers import apply_masks
@@ -49,7 +49,9 @@ class EvaluatedModel:
     warnings: tuple[str, ...] = ()
 
 
-def load_for_evaluation(name: str, mask: Path | None, dtype: torch.dtype, device: str = "cpu") -> EvaluatedModel:
+def load_for_evaluation(
+    name: str, mask: Path | None, dtype: torch.dtype, device: str = "cpu", *, recovery: Path | None = None
+) -> EvaluatedModel:
     """Loads a model for measuring.
 
     Args:
@@ -57,12 +59,15 @@ def load_for_evaluation(name: str, mask: Path | None, dtype: torch.dtype, device
         mask: a mask file to apply to a dense model.
         dtype: of the weights and activations.
         device: where to put it.
+        recovery: a recovery file, to merge under the mask as packing would, but rounded to ``dtype``.
 
     Raises:
-        ModelError: the model cannot be read, or the mask is not for it.
-        MaskFileError: the mask file cannot be used.
-        LearnerError: a mask for a packed model.
+        ModelError: the model cannot be read, or the mask or the recovery is not for it.
+        MaskFileError, RecoveryFileError: the mask or recovery file cannot be used.
+        LearnerError: a mask for a packed model, or a recovery without a mask.
     """
+    if recovery is not None and mask is None:
+        raise LearnerError(f"--recovery {recovery}: expected the --mask that it was made with, found none")
     packed = packed_format(name)
     if packed is not None:
         if mask is not None:
@@ -75,8 +80,23 @@ def load_for_evaluation(name: str, mask: Path | None, dtype: torch.dtype, device
         return EvaluatedModel(load_model(name, dtype, device), "dense")
     file = read_masks(mask)
     model = load_model(name, dtype, device)
+    if recovery is not None:
+        _merge(model, file.masks, read_recovery(recovery).updates, recovery)
     apply_masks(model, file.masks)
     return EvaluatedModel(model, "masked", file.pattern, file.provenance, _other_base(name, mask, file.provenance))
+
+
+def _merge(model: PreTrainedModel, masks: dict[str, Tensor], updates: dict[str, LowRank], file: Path) -> None:
+    """Merges the updates into the weights under their masks, in place."""
+    parameters = dict(model.named_parameters())
+    for name, update in updates.items():
+        weight, mask = parameters.get(name), masks.get(name)
+        if weight is None or mask is None:
+            raise ModelError(f"{file}: {name}: expected an update of a masked weight, found none of that name")
+        try:
+            weight.data = recovered(weight.data, mask, update)
+        except ValueError as error:
+            raise ModelError(f"{file}: {name}: {error}") from error
 
 
 def _other_base(name: str, mask: Path, provenance: dict[str, str]) -> tuple[str, ...]:

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from maskpro_kernels import MaskFileError, NMPattern, write_masks
+from maskpro_kernels import LowRank, MaskFileError, NMPattern, recovered, write_masks, write_recovery
+from maskpro_kernels.packing import magnitude_mask
 from maskpro_learner import LearnerError, ModelError, initial_masks
 from maskpro_learner.packed_model import load_for_evaluation, load_packed_model, packed_format
 from maskpro_serve import convert
@@ -202,3 +203,28 @@ def test_masks_that_do_not_go_with_the_model(packed: Path, mask_file: Path, test
         load_for_evaluation(str(test_data / "stories260K"), mask_file, torch.float32)
     with pytest.raises(MaskFileError, match="no such mask file"):
         load_for_evaluation(str(test_data / "stories260K"), packed / "absent.safetensors", torch.float32)
+
+
+def test_a_recovery_is_merged_under_the_mask(model_folder, tmp_path):
+    dense = load_for_evaluation(str(model_folder), None, torch.float32).model
+    name = "model.layers.1.mlp.up_proj.weight"
+    weight = dict(dense.named_parameters())[name]
+    mask = magnitude_mask(weight, PATTERN)
+    generator = torch.Generator().manual_seed(0)
+    rows, columns = weight.shape
+    update = LowRank(torch.randn(rows, 2, generator=generator), torch.randn(2, columns, generator=generator))
+    masks, recovery = tmp_path / "m.safetensors", tmp_path / "r.safetensors"
+    write_masks(masks, {name: mask}, PATTERN)
+    write_recovery(recovery, {name: update})
+    found = dict(
+        load_for_evaluation(str(model_folder), masks, torch.float32, recovery=recovery).model.named_parameters()
+    )
+    assert torch.equal(found[name], recovered(weight, mask, update.rounded()))
+    with pytest.raises(LearnerError, match="expected the --mask that it was made with"):
+        load_for_evaluation(str(model_folder), None, torch.float32, recovery=recovery)
+    write_recovery(recovery, {name: LowRank(update.b[:4], update.a)})
+    with pytest.raises(ModelError, match=r"up_proj\.weight: recovery: expected an update of shape"):
+        load_for_evaluation(str(model_folder), masks, torch.float32, recovery=recovery)
+    write_recovery(recovery, {"x.weight": update})
+    with pytest.raises(ModelError, match=r"x\.weight: expected an update of a masked weight"):
+        load_for_evaluation(str(model_folder), masks, torch.float32, recovery=recovery)
