@@ -61,7 +61,7 @@ def test_perplexity_is_labelled(
         "window": 32,
     }
     assert report["model"] == {
-        "name": str(model_folder), "kind": "dense", "mask": None, "pattern": None, "provenance": {}, "warnings": [],
+        "name": str(model_folder), "kind": "dense", "mask": None, "recovery": None, "pattern": None, "provenance": {}, "warnings": [],
     }  # fmt: skip
     assert (report["tasks"], report["chat"]) == ([], None)
     assert report["settings"]["dtype"] == "float32"
@@ -80,7 +80,7 @@ def test_a_mask_and_the_packed_checkpoint_give_the_same_numbers(
     packed = run([*arguments, "--model", str(tmp_path / "packed")], tmp_path / "packed.json")
     assert masked["text"] == packed["text"] != dense["text"]
     assert masked["model"] == {
-        "name": str(model_folder), "kind": "masked", "mask": str(mask_file), "pattern": "2:4",
+        "name": str(model_folder), "kind": "masked", "mask": str(mask_file), "recovery": None, "pattern": "2:4",
         "provenance": {"method": "random"}, "warnings": [],
     }  # fmt: skip
     assert (packed["model"]["kind"], packed["model"]["pattern"]) == ("packed", "2:4")
