@@ -61,7 +61,8 @@ def test_perplexity_is_labelled(
         "window": 32,
     }
     assert report["model"] == {
-        "name": str(model_folder), "kind": "dense", "mask": None, "recovery": None, "pattern": None, "provenance": {}, "warnings": [],
+        "name": str(model_folder), "kind": "dense", "mask": None, "recovery": None, "pattern": None,
+        "provenance": {}, "warnings": [],
     }  # fmt: skip
     assert (report["tasks"], report["chat"]) == ([], None)
     assert report["settings"]["dtype"] == "float32"
