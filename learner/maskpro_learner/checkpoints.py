@@ -41,13 +41,18 @@ def load_model(name: str, dtype: torch.dtype, device: str = "cpu") -> PreTrained
         device: where to put it.
 
     Raises:
-        ModelError: the folder is missing or cannot be read.
+        ModelError: the folder is missing, cannot be read, or lacks weights of the model.
     """
     check_model(name)
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        model: PreTrainedModel
+        model, loading = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{name}: not a readable causal language model: {_first_line(error)}") from error
+    if missing := sorted(loading["missing_keys"]):  # transformers would go on with random numbers in their place
+        raise ModelError(
+            f"{name}: expected every weight of a dense model, found no {missing[0]} ({len(missing)} missing)"
+        )
     model.train(False).requires_grad_(False)
     moved: PreTrainedModel = model.to(device)  # type: ignore[arg-type]
     return moved

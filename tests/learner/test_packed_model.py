@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from maskpro_kernels import LowRank, MaskFileError, NMPattern, recovered, write_masks, write_recovery
 from maskpro_kernels.packing import magnitude_mask
 from maskpro_learner import LearnerError, ModelError, initial_masks
+from maskpro_learner.checkpoints import load_model
 from maskpro_learner.packed_model import load_for_evaluation, load_packed_model, packed_format
 from maskpro_serve import convert
 
@@ -228,3 +229,9 @@ def test_a_recovery_is_merged_under_the_mask(model_folder, tmp_path):
     write_recovery(recovery, {"x.weight": update})
     with pytest.raises(ModelError, match=r"x\.weight: expected an update of a masked weight"):
         load_for_evaluation(str(model_folder), masks, torch.float32, recovery=recovery)
+
+
+def test_a_packed_folder_is_no_dense_model(model_folder, mask_file, tmp_path):
+    convert(model_folder, tmp_path / "packed", mask=mask_file)
+    with pytest.raises(ModelError, match=r"expected every weight of a dense model, found no model\.layers\.0"):
+        load_model(str(tmp_path / "packed"), torch.float32)
