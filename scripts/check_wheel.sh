@@ -19,6 +19,7 @@ cd "$work"
 "$work/venv/bin/python" - <<'PYTHON'
 import maskpro_kernels, maskpro_learner, maskpro_serve, torch
 from maskpro_kernels import NMPattern, nm_linear, pack, unpack
+from maskpro_learner.chat_quiz import read_questions
 from maskpro_serve.models import DEFAULT_MASK
 from maskpro_serve.plugin import register
 
@@ -28,9 +29,10 @@ weight = pack(torch.randn(8, 32), NMPattern.parse("2:4"))
 x = torch.randn(3, 32)
 torch.testing.assert_close(nm_linear(x, weight), x @ unpack(weight).T)
 assert DEFAULT_MASK.is_file()
+assert len(read_questions()) == 40
 register()
 print("wheel: imports, kernel, mask and plugin work from", __import__("os").getcwd())
 PYTHON
-for command in maskpro-serve maskpro-pack maskpro-learn; do
+for command in maskpro-serve maskpro-pack maskpro-learn maskpro-recover maskpro-eval; do
   "$work/venv/bin/$command" --help > /dev/null
 done
