@@ -144,7 +144,7 @@ def write_masks(
         "encoding": encoding,
         "shapes": json.dumps(shapes, sort_keys=True),
     }
-    write_atomically(path, save(tensors, metadata))
+    write_atomically(path, _sorted_metadata(save(tensors, metadata)))
 
 
 def read_masks(path: Path) -> MaskFile:
@@ -179,6 +179,19 @@ def read_masks(path: Path) -> MaskFile:
         raise MaskFileError(f"{path}: unexpected tensor {min(tensors)}")
     own = {"format", "format_version", "pattern", "encoding", "shapes"}
     return MaskFile(pattern, masks, {k: v for k, v in metadata.items() if k not in own})
+
+
+def _sorted_metadata(content: bytes) -> bytes:
+    """A safetensors file with its metadata in order: safetensors writes it in another one every time.
+
+    Equal masks are then equal files.
+    """
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors stay aligned
+    return len(text).to_bytes(8, "little") + text + content[8 + size :]
 
 
 def _header(path: Path, metadata: dict[str, str]) -> tuple[NMPattern, str, dict[str, tuple[int, int]]]:
