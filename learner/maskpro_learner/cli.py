@@ -17,7 +17,8 @@ from maskpro_kernels import NMPattern, write_masks
 from maskpro_kernels.masks import ENCODINGS
 from maskpro_learner.calibration import calibration_blocks, source_name
 from maskpro_learner.checkpoints import check_model, load_model, load_tokenizer, weights_sha256
-from maskpro_learner.config import LearnConfig
+from maskpro_learner.config import STARTS, LearnConfig
+from maskpro_learner.distributed import ALONE, World, join, leave
 from maskpro_learner.errors import CalibrationError, LearnerError, ModelError
 from maskpro_learner.estimator import ESTIMATORS
 from maskpro_learner.initial_masks import CALIBRATED_METHODS, METHODS, InitialMasks, Method, initial_masks
@@ -50,6 +51,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     learning.add_argument("--steps", type=int, default=0, help="updates of the mask distribution (default 0)")
     learning.add_argument("--estimator", choices=ESTIMATORS, default="smoothed", help="(default smoothed)")
     learning.add_argument("--learning-rate", type=float, help="eta (default 50; 0.5 for first-order)")
+    learning.add_argument(
+        "--start", choices=STARTS, default="constant",
+        help="initial logits: constant is the paper's, margin grades them by what weights are worth (default constant)",
+    )  # fmt: skip
     learning.add_argument("--initial-logit", type=float, help="of the initial mask (default 10; 3 for first-order)")
     learning.add_argument("--smoothing", type=float, default=0.99, help="alpha of the tracker (default 0.99)")
     learning.add_argument("--draws", type=int, help="masks compared: leave-one-out 2, first-order 8")
@@ -75,7 +80,7 @@ def provenance(options: argparse.Namespace, method: str) -> dict[str, str]:
     }
     if options.steps:
         entries |= {"method": f"maskpro from {method}"}
-        names = ("estimator", "learning_rate", "initial_logit", "draws", "smoothing", "minibatch")
+        names = ("estimator", "learning_rate", "start", "initial_logit", "draws", "smoothing", "minibatch")
         entries |= {name: str(getattr(options, name)) for name in names if getattr(options, name) is not None}
     if method in CALIBRATED_METHODS or options.steps:
         sources = ", ".join(map(source_name, options.calibration))
@@ -99,8 +104,8 @@ def summary(result: InitialMasks, rows: Sequence[tuple[str, str]]) -> Table:
     return table
 
 
-def learn(options: argparse.Namespace, console: Console) -> None:
-    """Runs the command.
+def learn(options: argparse.Namespace, console: Console, world: World = ALONE) -> None:
+    """Runs the command; of several processes, the first one writes.
 
     Raises:
         ValueError, OSError: an input that cannot be used; the message is one sentence.
@@ -115,7 +120,7 @@ def learn(options: argparse.Namespace, console: Console) -> None:
     if options.encoding == "states" and pattern.m != 4:
         raise LearnerError(f"--encoding states is for groups of 4, found pattern {pattern}: use bitmask")
     tokens: Tensor | None = None
-    config = _learn_config(options, pattern)
+    config = _learn_config(options, pattern, world)
     if options.init in CALIBRATED_METHODS or config is not None:
         if not options.calibration:
             what = "--steps" if config is not None else f"--init {options.init}"
@@ -141,16 +146,21 @@ def learn(options: argparse.Namespace, console: Console) -> None:
         assert tokens is not None
         if source is None:
             model = load_model(options.model, getattr(torch, options.dtype), options.device)  # initial_masks pruned it
+        files = RunFiles.beside(options.output)
         learned, steps = run_learning(
-            model, tokens, result.masks, config, RunFiles.beside(options.output),
-            checkpoint_seconds=60 * options.checkpoint_minutes,
+            model, tokens, result.masks, config, files,
+            checkpoint_seconds=60 * options.checkpoint_minutes, world=world,
         )  # fmt: skip
+        if not world.is_first:
+            return
         rows = learning_rows(result.masks, learned, steps)
         result = InitialMasks(learned, result.dense)
     write_masks(
         options.output, result.masks, pattern,
         provenance=provenance(options, source.resolve().name if source else options.init), encoding=options.encoding,
     )  # fmt: skip
+    if config is not None:
+        files.checkpoint.unlink(missing_ok=True)  # not before the mask is safe
     console.print(summary(result, [
         ("pattern", str(pattern)),
         ("method", options.init),
@@ -159,15 +169,16 @@ def learn(options: argparse.Namespace, console: Console) -> None:
     ]))  # fmt: skip
 
 
-def _learn_config(options: argparse.Namespace, pattern: NMPattern) -> LearnConfig | None:
-    """The settings of learning, checked before anything slow; None without --steps."""
+def _learn_config(options: argparse.Namespace, pattern: NMPattern, world: World) -> LearnConfig | None:
+    """The settings of learning, checked before anything slow; None without --steps. Settles the device."""
+    options.device = world.local_device(options.device)
     if options.steps == 0:
+        if world.size > 1:
+            raise LearnerError("torchrun: several processes are for learning: give --steps")
         return None
-    if options.device != "cpu":
-        raise LearnerError(f"--steps: learning runs on the CPU only so far, found --device {options.device}")
     return LearnConfig(
-        pattern, options.steps, options.estimator, options.learning_rate, options.initial_logit, options.smoothing,
-        options.draws, options.minibatch, options.batch, options.seed,
+        pattern, options.steps, options.estimator, options.learning_rate, options.start, options.initial_logit,
+        options.smoothing, options.draws, options.minibatch, options.batch, options.seed,
     )  # fmt: skip
 
 
@@ -175,13 +186,16 @@ def learning_rows(
     before: Mapping[str, Tensor], after: Mapping[str, Tensor], steps: Sequence[Step]
 ) -> list[tuple[str, str]]:
     """What the summary says of learning."""
-    moved = sum(int((after[name] != mask).sum()) // 2 for name, mask in before.items())
+    if not steps:
+        return [("steps", "none is in the log")]
+    moved = sum(int((after[name] != mask.cpu()).sum()) // 2 for name, mask in before.items())
     kept = sum(int(mask.sum()) for mask in before.values())
     last = steps[-max(1, len(steps) // 10) :]
     residual = sum(step.residual for step in last) / len(last)
     return [
         ("steps", f"{len(steps)}, {sum(step.seconds for step in steps) / len(steps):.3f} s each"),
         ("residual", f"{residual:+.4f} nats per token under sampled masks, mean of the last {len(last)} steps"),
+        ("flips", f"{sum(step.flips for step in last) / len(last):,.1f} groups a mask, mean of the same steps"),
         ("moved", f"{moved:,} of {kept:,} kept weights ({moved / kept:.4%})"),
     ]
 
@@ -190,10 +204,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code: 0, 2 for an input that cannot be used, 128 + n after signal n."""
     options = parse_arguments(argv)
     quiet_transformers()
+    world = ALONE
     try:
-        learn(options, Console())
+        world = join()
+        with world.first_speaks():
+            learn(options, Console(), world)
+        leave(world)
     except Interrupted as interrupted:
-        print(f"maskpro-learn: {interrupted}", file=sys.stderr)
+        if world.is_first:
+            print(f"maskpro-learn: {interrupted}", file=sys.stderr)
+        leave(world)
         return 128 + interrupted.signal
     except (ValueError, OSError) as error:
         print(f"maskpro-learn: error: {error}", file=sys.stderr)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import asdict
+from io import RawIOBase
 from pathlib import Path
 from types import TracebackType
-from typing import TextIO
 
 from maskpro_kernels.files import write_atomically
 from maskpro_learner.errors import LearnerError
@@ -19,18 +21,21 @@ _SMOOTHING = 0.98
 
 
 class LearningLog:
-    """Appends steps to a JSONL file, line by line, so that what was done survives a kill.
+    """Appends steps to a JSONL file, line by line and unbuffered, so that what was done survives a kill.
 
     Args:
-        path: the file. A run that goes on appends: steps after its checkpoint appear twice, the later lines count.
+        path: the file. A run that goes on appends: steps after its checkpoint appear twice, the later lines count. A
+            last line that a kill or a full disk cut short is removed first.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file: TextIO | None = None
+        self._file: RawIOBase | None = None
 
     def __enter__(self) -> LearningLog:
-        self._file = self._path.open("a", encoding="utf-8", buffering=1)
+        self._file = self._path.open("ab", buffering=0)
+        content = self._path.read_bytes()
+        self._file.truncate(content.rfind(b"\n") + 1)
         return self
 
     def __exit__(
@@ -40,9 +45,21 @@ class LearningLog:
         self._file.close()
 
     def write(self, step: Step) -> None:
-        """Adds one line."""
+        """Adds one line.
+
+        Raises:
+            OSError: the disk is full.
+        """
         assert self._file is not None
-        self._file.write(json.dumps(asdict(step)) + "\n")
+        line = json.dumps(asdict(step)).encode() + b"\n"
+        try:
+            if self._file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise OSError(
+                f"{self._path}: step {step.step} cannot be written ({error.strerror}); the last checkpoint is intact, "
+                "and the same command goes on from it"
+            ) from error
 
 
 def read_log(path: Path) -> list[Step]:

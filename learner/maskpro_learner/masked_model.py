@@ -15,7 +15,16 @@ from torch import Tensor, nn
 from maskpro_kernels import NMPattern
 from maskpro_kernels.packing import top_n_mask
 from maskpro_kernels.policy_step import policy_step
+from maskpro_learner.distributed import ALONE, World
 from maskpro_learner.errors import LearnerError
+
+
+def token_losses(model: nn.Module, blocks: Tensor) -> Tensor:
+    """Loss in nats of every token of ``blocks`` (blocks, length) but the first: float32 (blocks, length - 1)."""
+    blocks = blocks.to(next(model.parameters()).device)
+    logits = model(input_ids=blocks[:, :-1], use_cache=False).logits
+    losses = nn.functional.cross_entropy(logits.float().flatten(0, 1), blocks[:, 1:].flatten(), reduction="none")
+    return losses.view(len(blocks), -1)
 
 
 def constant_logits(masks: Mapping[str, Tensor], logit: float) -> dict[str, Tensor]:
@@ -27,7 +36,7 @@ class MaskedModel:
     """Owns the weights of the linears until :meth:`restore`.
 
     Args:
-        linears: prunable linears by module name, on the CPU.
+        linears: prunable linears by module name, on any device; what belongs to a weight is on its device.
         masks: initial masks by parameter name (``<module>.weight``), strictly ``pattern``.
         pattern: the pattern.
         logits: initial logits by parameter name, float32; become this object's own.
@@ -45,10 +54,12 @@ class MaskedModel:
         self.pattern = pattern
         self.linears = dict(linears)
         self.dense = {name: linear.weight.data.contiguous() for name, linear in linears.items()}
-        self.logits = {name: logits[f"{name}.weight"] for name in linears}
+        self.logits = {name: logits[f"{name}.weight"].to(weight.device) for name, weight in self.dense.items()}
         self._seed = seed
+        self._flips: dict[torch.device, Tensor] = {}
         for name, linear in self.linears.items():
-            linear.weight.data = torch.where(masks[f"{name}.weight"], self.dense[name], 0)
+            mask = masks[f"{name}.weight"].to(linear.weight.device)
+            linear.weight.data = torch.where(mask, self.dense[name], 0)
 
     @property
     def weights(self) -> int:
@@ -65,32 +76,42 @@ class MaskedModel:
             next_draw: the number of the mask to compute with.
             gains: by module name, what each weight is worth where it is kept: scores every group by itself.
         """
+        self._flips = {
+            device: torch.zeros(1, dtype=torch.int64, device=device)
+            for device in {weight.device for weight in self.dense.values()}
+        }
         for stream, (name, linear) in enumerate(self.linears.items()):
             policy_step(
                 self.logits[name], self.pattern, seed=self._seed, stream=stream, updates=updates,
                 gains=None if gains is None else gains[name],
                 weight=self.dense[name], masked=linear.weight.data, next_draw=next_draw,
+                flips=self._flips[linear.weight.device],
             )  # fmt: skip
 
-    def backward(self, model: nn.Module, blocks: Tensor, scale: int) -> float:
-        """Adds the gradient of a batch's summed loss over ``scale`` to the masked weights; returns the summed loss."""
+    def flips(self) -> int:
+        """Groups whose mask, of those the last step gave, is not a most likely one of theirs."""
+        return sum(int(flips) for flips in self._flips.values())
+
+    def backward(self, model: nn.Module, blocks: Tensor, scale: int) -> Tensor:
+        """Adds the gradient of a batch's summed loss over ``scale`` to the masked weights.
+
+        Returns:
+            :func:`token_losses` of the batch.
+        """
         weights = [linear.weight for linear in self.linears.values()]
         for weight in weights:
             weight.requires_grad_(True)
         try:
             with torch.enable_grad():
-                logits = model(input_ids=blocks[:, :-1], use_cache=False).logits
-                loss = nn.functional.cross_entropy(
-                    logits.float().flatten(0, 1), blocks[:, 1:].flatten(), reduction="sum"
-                )
-                (loss / scale).backward()
+                losses = token_losses(model, blocks)
+                (losses.sum() / scale).backward()
         finally:
             for weight in weights:
                 weight.requires_grad_(False)
-        return float(loss.detach())
+        return losses.detach()
 
-    def gains(self) -> dict[str, Tensor]:
-        """-g w for every weight, from the gradients g that a backward pass left, which are taken away.
+    def gains(self, world: World = ALONE) -> dict[str, Tensor]:
+        """-g w for every weight, from the gradients g that backward passes left everywhere, which are taken away.
 
         Each layer's are divided by their root mean square. The gradient with respect to a masked weight is there for
         dropped weights too: what it would have been worth to keep them.
@@ -98,14 +119,15 @@ class MaskedModel:
         found = {}
         for name, linear in self.linears.items():
             assert linear.weight.grad is not None
-            gain = linear.weight.grad.mul_(self.dense[name]).float()
+            gradient = world.summed(linear.weight.grad.float())
             linear.weight.grad = None
-            found[name] = gain.mul_(-1 / max(float(gain.norm()) / gain.numel() ** 0.5, 1e-30))
+            gain = gradient.mul_(self.dense[name])
+            found[name] = gain.div_(-(gain.norm() / gain.numel() ** 0.5).clamp_min(1e-30))
         return found
 
     def masks(self) -> dict[str, Tensor]:
-        """The most likely mask of every linear, by parameter name; ties go to the lower column."""
-        return {f"{name}.weight": top_n_mask(logits, self.pattern) for name, logits in self.logits.items()}
+        """The most likely mask of every linear, by parameter name, on the CPU; ties go to the lower column."""
+        return {f"{name}.weight": top_n_mask(logits, self.pattern).cpu() for name, logits in self.logits.items()}
 
     def restore(self) -> None:
         """Gives the linears their dense weights back."""

@@ -8,12 +8,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from maskpro_learner.config import LearnConfig
+from maskpro_learner.distributed import ALONE, World
 from maskpro_learner.learning_log import LearningLog, draw_curve, read_log
 from maskpro_learner.trainer import Step, learn_masks
 
@@ -45,24 +47,30 @@ class Interrupted(Exception):  # noqa: N818  (no error: the run was asked to sto
 
 
 class StopRequest:
-    """The last SIGINT or SIGTERM, if there was one."""
+    """The last SIGINT or SIGTERM, if there was one.
 
-    def __init__(self) -> None:
+    Args:
+        launched: by torchrun, which sends its own signal after the terminal's, and ends processes that take too long.
+    """
+
+    def __init__(self, *, launched: bool = False) -> None:
         self.number: int | None = None
+        self._launched = launched
 
     def __call__(self) -> bool:
         return self.number is not None
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Notes the signals while inside; a second one ends the process at once."""
+        """Notes the signals while inside; a second one ends the process at once, unless it may be a launcher's."""
         handled = (signal.SIGINT, signal.SIGTERM)
         before = {number: signal.getsignal(number) for number in handled}
 
         def note(number: int, frame: object) -> None:
             self.number = number
-            for each, handler in before.items():
-                signal.signal(each, handler)
+            if not self._launched:
+                for each, handler in before.items():
+                    signal.signal(each, handler)
 
         for number in handled:
             signal.signal(number, note)
@@ -73,48 +81,73 @@ class StopRequest:
                 signal.signal(number, handler)
 
 
+class _RunProgress(Progress):
+    """A bar, and under it what the last step found: one line would be too long for a terminal."""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            yield Text(task.fields["found"])
+
+
 def run_learning(
     model: PreTrainedModel, tokens: Tensor, masks: dict[str, Tensor], config: LearnConfig, files: RunFiles,
-    *, checkpoint_seconds: float,
+    *, checkpoint_seconds: float, world: World = ALONE,
 ) -> tuple[dict[str, Tensor], list[Step]]:  # fmt: skip
-    """:func:`learn_masks` with everything a long run needs.
+    """:func:`learn_masks` with everything a long run needs; the first process of the world draws and writes.
 
     Returns:
-        The masks, and every step.
+        The masks, and every step (in the first process). The checkpoint is still there: remove it once the masks are
+        written.
 
     Raises:
-        Interrupted: SIGINT or SIGTERM came; the checkpoint is written.
+        Interrupted: SIGINT or SIGTERM came, here or to another process; the checkpoint is written.
         LearnerError, CalibrationError, OSError: as learn_masks; the last checkpoint is intact.
     """
-    stop = StopRequest()
+    request = StopRequest(launched=world.size > 1)
+    stopped_by = 0
+
+    def stop() -> bool:
+        nonlocal stopped_by
+        stopped_by = world.largest(request.number or 0)
+        return stopped_by != 0
+
+    if not world.is_first:
+        with request.listening():
+            learned = learn_masks(model, tokens, masks, config, checkpoint=files.checkpoint, stop=stop, world=world)
+        if stopped_by:
+            raise Interrupted(stopped_by, files.checkpoint)
+        return learned, []
     columns = (
         TextColumn(f"maskpro {config.pattern}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]} residual {task.fields[residual]} tracker {task.fields[tracker]}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
     if not files.checkpoint.exists():
         files.log.unlink(missing_ok=True)
     with (
-        stop.listening(),
+        request.listening(),
         LearningLog(files.log) as log,
-        Progress(*columns, console=Console(stderr=True)) as progress,
+        _RunProgress(*columns, console=Console(stderr=True)) as progress,
     ):
-        task = progress.add_task("", total=config.steps, loss="-", residual="-", tracker="-")
+        task = progress.add_task("", total=config.steps, found="the initial mask's loss on the calibration text")
 
         def on_step(step: Step) -> None:
             log.write(step)
-            loss, residual, tracker = f"{step.loss:.4f}", f"{step.residual:+.4f}", f"{step.tracker:+.4f}"
-            progress.update(task, completed=step.step, loss=loss, residual=residual, tracker=tracker)
+            found = (
+                f"loss {step.loss:.4f}  residual {step.residual:+.4f}  tracker {step.tracker:+.4f}  "
+                f"flips {step.flips:,.0f}"
+            )
+            progress.update(task, completed=step.step, found=found)
 
         learned = learn_masks(
             model, tokens, masks, config, on_step=on_step, checkpoint=files.checkpoint,
-            checkpoint_seconds=checkpoint_seconds, stop=stop,
+            checkpoint_seconds=checkpoint_seconds, stop=stop, world=world,
         )  # fmt: skip
     steps = read_log(files.log)
     draw_curve(steps, files.curve, f"{config.estimator}, {config.pattern}, {config.steps} steps")
-    if stop.number is not None and files.checkpoint.exists():
-        raise Interrupted(stop.number, files.checkpoint)
+    if stopped_by:
+        raise Interrupted(stopped_by, files.checkpoint)
     return learned, steps

@@ -1,15 +1,19 @@
 """Learns masks: the loop of MaskPro (arXiv:2506.12876, algorithm 1), which can stop anywhere and go on.
 
 Every step is a function of (seed, step, logits, tracker): the text of its minibatch and its draws come from counters,
-so a run that was interrupted ends with the same bits as one that was not.
+so a run that was interrupted ends with the same bits as one that was not. Several processes share a minibatch
+(:mod:`maskpro_learner.distributed`) and end with the masks of one: to the bit, but for the gradients of first-order,
+wherever the model computes the same bits for a block whatever blocks are beside it.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,12 +25,13 @@ from transformers import PreTrainedModel
 
 from maskpro_kernels.files import write_atomically
 from maskpro_learner.config import LearnConfig
+from maskpro_learner.distributed import ALONE, World
 from maskpro_learner.errors import CalibrationError, LearnerError
 from maskpro_learner.estimator import Estimator, make_estimator
 from maskpro_learner.evaluate import summed_loss
 from maskpro_learner.layers import select_layers
 from maskpro_learner.margins import margin_logits
-from maskpro_learner.masked_model import MaskedModel, constant_logits, masked
+from maskpro_learner.masked_model import MaskedModel, constant_logits, masked, token_losses
 
 _CHECKPOINT_VERSION = "1"
 
@@ -41,6 +46,7 @@ class Step:
         residual: loss minus the initial mask's on the same text.
         tracker: the estimator's moving average.
         seconds: how long it took.
+        flips: groups whose sampled mask was not a most likely one, mean over the masks tried; NaN in older logs.
     """
 
     step: int
@@ -48,6 +54,7 @@ class Step:
     residual: float
     tracker: float
     seconds: float
+    flips: float = math.nan
 
 
 def learn_masks(
@@ -60,43 +67,57 @@ def learn_masks(
     checkpoint: Path | None = None,
     checkpoint_seconds: float = 600.0,
     stop: Callable[[], bool] = lambda: False,
+    world: World = ALONE,
 ) -> dict[str, Tensor]:
     """Learns from initial masks, and leaves the model's weights as they were.
 
     Args:
-        model: a causal language model on the CPU, its weights frozen.
+        model: a causal language model, its weights frozen; logits and masks live where its weights do.
         tokens: int64 (samples, length), calibration text.
         masks: initial masks by parameter name; they say which linears learn.
         config: the settings.
         on_step: called after every step.
-        checkpoint: file to write now and then, and to go on from if it exists; removed when learning is over.
+        checkpoint: file to write now and then and at the end, and to go on from if it exists. The caller removes it
+            once the masks are safe.
         checkpoint_seconds: time between two writes.
-        stop: asked after every step; True writes the checkpoint and ends early.
+        stop: asked before every step; True writes the checkpoint and ends early. Every process must answer alike.
+        world: the processes that learn together, each of which makes this same call. Only the first one reads and
+            writes the checkpoint, and its masks count.
 
     Returns:
-        The most likely masks, by parameter name.
+        The most likely masks, by parameter name, on the CPU.
 
     Raises:
         LearnerError: masks of other layers, a loss that is not finite, or a checkpoint of another run.
-        CalibrationError: fewer blocks than a minibatch takes.
+        CalibrationError: no block of text.
         OSError: the checkpoint cannot be written; the last one is intact.
     """
     if len(tokens) < 1:
         raise CalibrationError("learning: expected at least one block of calibration text, found none")
+    if config.minibatch < world.size:
+        raise LearnerError(
+            f"learning: expected a minibatch of at least one block for each of {world.size} processes, found "
+            f"{config.minibatch}"
+        )
     linears = select_layers(model, config.pattern).linears
     unknown = sorted(masks.keys() - {f"{name}.weight" for name in linears})
     if unknown:
         raise LearnerError(f"initial mask: {unknown[0]}: the model has no such prunable layer")
     learning = {name: linear for name, linear in linears.items() if f"{name}.weight" in masks}
+    masks = {name: world.from_first(mask) for name, mask in masks.items()}
     scale = config.settings().initial_logit
     if config.start == "margin":
         logits = margin_logits(model, tokens, masks, config.pattern, scale, batch=config.batch)
     else:
         logits = constant_logits(masks, scale)
-    with masked(learning, masks, config.pattern, logits=logits, seed=config.seed) as policy:
-        run = _Run(model, tokens, policy, config)
-        if checkpoint is not None and checkpoint.exists():
+    with (
+        repeatable(model.device),
+        masked(learning, masks, config.pattern, logits=logits, seed=config.seed) as policy,
+    ):
+        run = _Run(model, tokens, policy, config, world)
+        if checkpoint is not None and world.is_first and checkpoint.exists():
             run.resume(checkpoint)
+        run.begin()
         written = time.monotonic()
         while run.done < config.steps and not stop():
             step = run.advance()
@@ -106,46 +127,76 @@ def learn_masks(
                 run.save(checkpoint)
                 written = time.monotonic()
         if checkpoint is not None:
-            if run.done < config.steps:
-                run.save(checkpoint)
-            else:
-                checkpoint.unlink(missing_ok=True)
+            run.save(checkpoint)
         return policy.masks()
+
+
+@contextmanager
+def repeatable(device: torch.device) -> Iterator[None]:
+    """Has a GPU give the same bits every time: its default ways to sum a gradient do not.
+
+    The CPU's do. PyTorch warns of what it has no repeatable way for, and wants cuBLAS's setting said.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 class _Run:
     """The state of a run: steps done, the logits (in the policy), the tracker, and the initial mask's losses."""
 
-    def __init__(self, model: PreTrainedModel, tokens: Tensor, policy: MaskedModel, config: LearnConfig) -> None:
+    def __init__(
+        self, model: PreTrainedModel, tokens: Tensor, policy: MaskedModel, config: LearnConfig, world: World
+    ) -> None:
         self.done = 0
-        self._model, self._tokens, self._policy, self._config = model, tokens, policy, config
+        self._model, self._tokens, self._policy, self._config, self._world = model, tokens, policy, config, world
         settings = config.settings()
         self._estimator: Estimator = make_estimator(
             config.estimator, settings.learning_rate, config.smoothing, settings.draws
         )
         # The weights are frozen, so one pass over the text gives f_0 of every minibatch there will be.
-        self._initial = torch.tensor([self._loss(tokens[i : i + 1]) for i in range(len(tokens))], dtype=torch.float64)
-        policy.step([], self._draw(0))
+        count, predicted = len(tokens), tokens.shape[1] - 1
+        losses = (summed_loss(model, tokens[i : i + 1, :-1], tokens[i : i + 1, 1:]) for i in world.share(count))
+        self._initial = torch.tensor(world.gathered([loss / predicted for loss in losses], count), dtype=torch.float64)
+        self._check(float(self._initial.sum()))
+
+    def begin(self) -> None:
+        """Makes every process's state the first one's, and draws the first mask."""
+        self.done = self._world.largest(self.done)  # 0 everywhere but on the first, which may have resumed
+        state = self._world.from_first(torch.tensor(self._estimator.tracker, dtype=torch.float64))
+        self._estimator.tracker = float(state)
+        for logits in self._policy.logits.values():
+            self._world.from_first(logits)
+        self._policy.step([], self._draw(0))
 
     def advance(self) -> Step:
         """Tries the masks of this step on its minibatch and updates the logits."""
         begin = time.monotonic()
         chosen = self._minibatch()
         count = self._estimator.masks_per_batch
-        losses = []
+        losses, flips = [], 0
         for k in range(count):
             if k > 0:
                 self._policy.step([], self._draw(k))
             losses.append(self._loss(self._tokens[chosen], backward=self._estimator.group_draws > 0))
+            flips += self._policy.flips()
         initial = float(self._initial[chosen].mean())
         coefficients = self._estimator.coefficients(losses, initial)
         scored = count if self._estimator.group_draws else 0  # the draws after those tried, or those
         updates = [(coefficient, self._draw(scored + k)) for k, coefficient in enumerate(coefficients)]
-        gains = self._policy.gains() if self._estimator.group_draws else None
+        gains = self._policy.gains(self._world) if self._estimator.group_draws else None
         self.done += 1
         self._policy.step(updates, self._draw(0), gains)
         loss = sum(losses) / count
-        return Step(self.done, loss, loss - initial, self._estimator.tracker, time.monotonic() - begin)
+        seconds = time.monotonic() - begin
+        return Step(self.done, loss, loss - initial, self._estimator.tracker, seconds, flips / count)
 
     def _draw(self, k: int) -> int:
         """The number of mask k of the step that is next."""
@@ -160,28 +211,48 @@ class _Run:
         return torch.randint(len(self._tokens), (size,), generator=generator)
 
     def _loss(self, blocks: Tensor, *, backward: bool = False) -> float:
-        """Mean loss per token; backward also leaves its gradient in the learning weights."""
+        """Mean loss per token; backward also leaves this process's part of its gradient in the learning weights.
+
+        Blocks are summed exactly, so that it does not matter which process had which.
+        """
         predicted = blocks.shape[0] * (blocks.shape[1] - 1)
-        total = 0.0
-        for part in blocks.split(self._config.batch):
+        places = self._world.share(len(blocks))
+        own: list[float] = []
+        for part in blocks[places.start : places.stop].split(self._config.batch):
             if backward:
-                total += self._policy.backward(self._model, part, predicted)
+                losses = self._policy.backward(self._model, part, predicted)
             else:
-                total += summed_loss(self._model, part[:, :-1], part[:, 1:])
-        loss = total / predicted
+                with torch.inference_mode():
+                    losses = token_losses(self._model, part)
+            own += losses.double().sum(1).tolist()
+        return self._check(math.fsum(self._world.gathered(own, len(blocks))) / predicted)
+
+    def _check(self, loss: float) -> float:
         if not math.isfinite(loss):
             raise LearnerError(f"step {self.done + 1}: the loss is {loss}: lower --learning-rate, or --dtype float32")
         return loss
 
     def save(self, path: Path) -> None:
-        """Writes the checkpoint: to a temporary name, synced, then renamed."""
+        """Writes the checkpoint, in the first process: to a temporary name, synced, then renamed.
+
+        Raises:
+            OSError: it cannot be; the last one is intact.
+        """
+        if not self._world.is_first:
+            return
         metadata = {
             "version": _CHECKPOINT_VERSION,
             "run": self._identity(),
             "done": str(self.done),
             "tracker": self._estimator.tracker.hex(),
         }
-        write_atomically(path, save(self._policy.logits, metadata))
+        try:
+            write_atomically(path, save(self._policy.logits, metadata))
+        except OSError as error:
+            raise OSError(
+                f"{path}: the checkpoint of step {self.done} cannot be written ({error.strerror}); the one before, if "
+                "any, is intact, and the same command goes on from it"
+            ) from error
 
     def resume(self, path: Path) -> None:
         """Goes on where a checkpoint of this very run stopped.
@@ -203,7 +274,6 @@ class _Run:
                 self._estimator.tracker = float.fromhex(metadata["tracker"])
         except (SafetensorError, OSError, KeyError) as error:
             raise LearnerError(f"{path}: not a readable checkpoint: {error}") from error
-        self._policy.step([], self._draw(0))
 
     def _identity(self) -> str:
         """Settings, shapes, text and initial losses: what two runs share if and only if one can go on as the other."""

@@ -202,7 +202,6 @@ def test_a_killed_run_goes_on_to_the_same_mask(arguments: list[str], tmp_path: P
         (["--steps", "3", "--pattern", "2:32"], "expected groups of"),
         (["--steps", "3", "--smoothing", "1"], "smoothing < 1"),
         (["--steps", "3", "--estimator", "leave-one-out", "--draws", "1"], "compares 2 to 16, found 1"),
-        (["--steps", "3", "--device", "cuda"], "on the CPU only"),
     ],
 )
 def test_impossible_learning_is_one_sentence(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -119,10 +120,49 @@ def test_a_stopped_run_goes_on_bit_for_bit(tiny, tmp_path, estimator, stops):
             tiny, config, on_step=on_step, checkpoint=checkpoint,
             stop=lambda done=done, stop=stop: bool(done) and done[-1] == stop,
         )  # fmt: skip
-        assert checkpoint.exists() == (stop is not None)
+        assert checkpoint.exists()  # also at the end: the masks are not written yet
     assert trackers[0] == trackers[1]
     for name, mask in whole.items():
         assert torch.equal(mask, result[name])
+    again = learn(tiny, config, checkpoint=checkpoint, on_step=lambda step: pytest.fail("a step after the last one"))
+    assert all(torch.equal(mask, again[name]) for name, mask in whole.items())
+
+
+def test_flips_are_counted_and_grow_with_uncertainty(tiny):
+    groups = sum(mask.numel() for mask in magnitude(tiny[0]).values()) // 4
+    found = {}
+    for logit in (20.0, 3.0, 0.5):
+        steps = []
+        learn(tiny, dataclasses.replace(CONFIG, steps=2, initial_logit=logit), on_step=steps.append)
+        found[logit] = steps[0].flips
+    assert found[20.0] == 0
+    # Both kept weights come first with probability 2 a / (2 a + 2) * a / (a + 2), a = e^logit.
+    a = math.exp(3.0)
+    expected = groups * (1 - (2 * a / (2 * a + 2)) * (a / (a + 2)))
+    assert abs(found[3.0] - expected) < 5 * math.sqrt(expected)
+    assert found[0.5] > groups / 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.parametrize("estimator", ["smoothed", "leave-one-out", "first-order"])
+def test_on_a_gpu_a_stopped_run_goes_on_bit_for_bit(tiny, tmp_path, estimator):
+    model = copy.deepcopy(tiny[0]).cuda()
+    config = dataclasses.replace(CONFIG, estimator=estimator, learning_rate=200.0)
+    masks = magnitude(tiny[0])  # on the CPU
+    steps: list[list[tuple[float, float]]] = [[], []]
+    whole = learn_masks(model, tiny[1], masks, config, on_step=lambda s: steps[0].append((s.loss, s.flips)))
+    checkpoint = tmp_path / "run.checkpoint"
+    for stop in (4, None):
+        result = learn_masks(
+            model, tiny[1], masks, config, checkpoint=checkpoint, on_step=lambda s: steps[1].append((s.loss, s.flips)),
+            stop=lambda stop=stop: len(steps[1]) == stop,
+        )  # fmt: skip
+    assert steps[0] == steps[1]
+    for name, mask in whole.items():
+        assert mask.device.type == "cpu"
+        assert torch.equal(mask, result[name])
+    assert all(torch.equal(p.cpu(), q) for p, q in zip(model.parameters(), tiny[0].parameters(), strict=True))
 
 
 def test_a_checkpoint_of_another_run_is_refused(tiny, tmp_path):
