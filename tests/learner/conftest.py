@@ -10,11 +10,16 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
     GPTNeoXConfig,
     LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3Config,
 )
 
 # fmt: off
@@ -42,7 +47,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return made
 
 
-def _config(architecture: str) -> LlamaConfig | Qwen2Config | GPTNeoXConfig:
+def _config(architecture: str) -> PreTrainedConfig:
     common = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     common |= {"vocab_size": 64, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2}
     match architecture:
@@ -50,13 +55,23 @@ def _config(architecture: str) -> LlamaConfig | Qwen2Config | GPTNeoXConfig:
             return LlamaConfig(**common, num_key_value_heads=2)
         case "qwen2":
             return Qwen2Config(**common, num_key_value_heads=2)
-        case _:
+        case "qwen3":
+            return Qwen3Config(**common, num_key_value_heads=2, head_dim=8)
+        case "mistral":
+            return MistralConfig(**common, num_key_value_heads=2, sliding_window=8)
+        case "gemma2":
+            return Gemma2Config(**common, num_key_value_heads=2, head_dim=8, sliding_window=8)
+        case "gemma3":
+            return Gemma3TextConfig(**common, num_key_value_heads=2, head_dim=8, sliding_window=8)
+        case "gpt_neox":
             return GPTNeoXConfig(**common)
+        case _:
+            raise ValueError(architecture)
 
 
 @pytest.fixture
 def tiny_model() -> Callable[..., PreTrainedModel]:
-    """Builds a random two-block model: llama, qwen2 (biases) or gpt_neox (fused qkv, parallel residual)."""
+    """Builds a random two-block model of a family: see _config()."""
 
     def build(architecture: str = "llama", seed: int = 0) -> PreTrainedModel:
         torch.manual_seed(seed)
