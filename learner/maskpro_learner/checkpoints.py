@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -44,12 +45,13 @@ def load_model(name: str, dtype: torch.dtype, device: str = "cpu") -> PreTrained
         ModelError: the folder is missing, cannot be read, or lacks weights of the model.
     """
     check_model(name)
+    loaded: Any  # transformers' types leave out output_loading_info
     try:
-        model: PreTrainedModel
-        model, loading = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
+        loaded = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{name}: not a readable causal language model: {_first_line(error)}") from error
-    if missing := sorted(loading["missing_keys"]):  # transformers would go on with random numbers in their place
+    model: PreTrainedModel = loaded[0]
+    if missing := sorted(loaded[1]["missing_keys"]):  # transformers would go on with random numbers in their place
         raise ModelError(
             f"{name}: expected every weight of a dense model, found no {missing[0]} ({len(missing)} missing)"
         )
