@@ -216,7 +216,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         leave(world)
         return 128 + interrupted.signal
     except (ValueError, OSError) as error:
-        print(f"maskpro-learn: error: {error}", file=sys.stderr)
+        where = ""
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            where = f"{options.output}: "  # a full disk, met while writing, does not say where
+        print(f"maskpro-learn: error: {where}{error}", file=sys.stderr)
         return 2
     return 0
 
