@@ -1,13 +1,18 @@
-"""Writing files so that a reader sees the old one or the whole new one, never a part."""
+"""Writing files so that a reader sees the old one or the whole new one, never a part; reading safetensors whole."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -28,6 +33,44 @@ def write_atomically(path: Path, content: bytes) -> None:
         Path(temporary).unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """:func:`write_atomically` of a safetensors file; equal content is an equal file.
+
+    safetensors writes its metadata in another order every time, so it is put in order here.
+
+    Raises:
+        OSError: as write_atomically.
+    """
+    content = save(dict(tensors), dict(metadata))
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors stay aligned
+    write_atomically(path, len(text).to_bytes(8, "little") + text + content[8 + size :])
+
+
+def read_safetensors(path: Path, what: str, error_type: type[ValueError]) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and all tensors of a safetensors file.
+
+    Args:
+        path: the file.
+        what: it should be, for the message where there is none: ``mask file``.
+        error_type: to raise.
+
+    Raises:
+        error_type: the file is missing or unreadable; names it.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (safe_open is no dict)
+            return file.metadata() or {}, tensors
+    except FileNotFoundError as error:
+        raise error_type(f"{path}: no such {what}") from error
+    except (OSError, SafetensorError) as error:
+        raise error_type(f"{path}: not a readable safetensors file: {error}") from error
 
 
 @contextmanager

@@ -15,12 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from maskpro_kernels.bits import bitmask_width, pack_bits, unpack_bits
-from maskpro_kernels.files import write_atomically
+from maskpro_kernels.files import read_safetensors, write_safetensors
 from maskpro_kernels.packing import check_mask
 from maskpro_kernels.pattern import NMPattern
 
@@ -144,7 +142,7 @@ def write_masks(
         "encoding": encoding,
         "shapes": json.dumps(shapes, sort_keys=True),
     }
-    write_atomically(path, _sorted_metadata(save(tensors, metadata)))
+    write_safetensors(path, tensors, metadata)
 
 
 def read_masks(path: Path) -> MaskFile:
@@ -154,14 +152,7 @@ def read_masks(path: Path) -> MaskFile:
         MaskFileError: the file is missing, is no mask file, is from a newer format version, or holds a
             mask that is not strict; the message names the file, the tensor, expected and found.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata: dict[str, str] = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (safe_open is no dict)
-    except FileNotFoundError as error:
-        raise MaskFileError(f"{path}: no such mask file") from error
-    except (OSError, SafetensorError) as error:
-        raise MaskFileError(f"{path}: not a readable safetensors file: {error}") from error
+    metadata, tensors = read_safetensors(path, "mask file", MaskFileError)
     pattern, encoding, shapes = _header(path, metadata)
     masks = {}
     for name, (out_features, in_features) in shapes.items():
@@ -179,19 +170,6 @@ def read_masks(path: Path) -> MaskFile:
         raise MaskFileError(f"{path}: unexpected tensor {min(tensors)}")
     own = {"format", "format_version", "pattern", "encoding", "shapes"}
     return MaskFile(pattern, masks, {k: v for k, v in metadata.items() if k not in own})
-
-
-def _sorted_metadata(content: bytes) -> bytes:
-    """A safetensors file with its metadata in order: safetensors writes it in another one every time.
-
-    Equal masks are then equal files.
-    """
-    size = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + size])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # tensors stay aligned
-    return len(text).to_bytes(8, "little") + text + content[8 + size :]
 
 
 def _header(path: Path, metadata: dict[str, str]) -> tuple[NMPattern, str, dict[str, tuple[int, int]]]:

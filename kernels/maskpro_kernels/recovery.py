@@ -11,11 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from maskpro_kernels.files import write_atomically
+from maskpro_kernels.files import read_safetensors, write_safetensors
 
 FORMAT_VERSION = 1
 _LEVELS = 127
@@ -103,7 +101,7 @@ def write_recovery(path: Path, updates: Mapping[str, LowRank], *, provenance: Ma
             raise ValueError(f"{name}: {error}") from error
         tensors |= {name + suffix: part.contiguous() for suffix, part in zip(_SUFFIXES, parts, strict=True)}
     metadata = {**(provenance or {}), "format": "maskpro-recovery", "format_version": str(FORMAT_VERSION)}
-    write_atomically(path, save(tensors, metadata))
+    write_safetensors(path, tensors, metadata)
 
 
 def read_recovery(path: Path) -> RecoveryFile:
@@ -112,14 +110,7 @@ def read_recovery(path: Path) -> RecoveryFile:
     Raises:
         RecoveryFileError: the file is missing, of another kind or version, or its tensors do not fit together.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata: dict[str, str] = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (safe_open is no dict)
-    except FileNotFoundError as error:
-        raise RecoveryFileError(f"{path}: no such recovery file") from error
-    except (OSError, SafetensorError) as error:
-        raise RecoveryFileError(f"{path}: not a readable safetensors file: {error}") from error
+    metadata, tensors = read_safetensors(path, "recovery file", RecoveryFileError)
     for key, expected in (("format", "maskpro-recovery"), ("format_version", str(FORMAT_VERSION))):
         if metadata.get(key) != expected:
             raise RecoveryFileError(f"{path}: metadata {key}: expected {expected!r}, found {metadata.get(key)!r}")

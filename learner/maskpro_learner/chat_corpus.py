@@ -31,6 +31,18 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Conversation) ->
     return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
+def check_chat(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Checks that a model can be asked anything.
+
+    Raises:
+        ModelError: the tokenizer has no chat template or no end-of-sequence token.
+    """
+    if not tokenizer.chat_template:
+        raise ModelError("the tokenizer has no chat template: this model is no chat model")
+    if tokenizer.eos_token_id is None:
+        raise ModelError("the tokenizer has no end-of-sequence token")
+
+
 @torch.inference_mode()
 def answer(
     model: PreTrainedModel,
@@ -99,10 +111,7 @@ def write_chat_corpus(
         ModelError: the tokenizer has no chat template or no end-of-sequence token, or no answer ended.
         OSError: the output cannot be written.
     """
-    if not tokenizer.chat_template:
-        raise ModelError("the tokenizer has no chat template: this model is no chat model")
-    if tokenizer.eos_token_id is None:
-        raise ModelError("the tokenizer has no end-of-sequence token")
+    check_chat(tokenizer)
     lines: list[str] = []
     for start in range(0, len(prompts), batch):
         part = prompts[start : start + batch]

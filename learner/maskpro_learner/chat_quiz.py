@@ -17,8 +17,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from maskpro_learner.chat_corpus import answer
-from maskpro_learner.errors import LearnerError, ModelError
+from maskpro_learner.chat_corpus import answer, check_chat
+from maskpro_learner.errors import LearnerError
 
 SHIPPED = Path(__file__).with_name("chat_questions.jsonl")
 """40 questions of the project's own; none is among the prompts of :mod:`maskpro_learner.chat_prompts`."""
@@ -164,18 +164,6 @@ def _question(row: Any) -> Question:
 
 def _words(pattern: str) -> re.Pattern[str]:
     return re.compile(rf"(?<!\w)(?:{pattern})(?!\w)", re.IGNORECASE)
-
-
-def check_chat(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Checks that a model can be asked anything.
-
-    Raises:
-        ModelError: the tokenizer has no chat template or no end-of-sequence token.
-    """
-    if not tokenizer.chat_template:
-        raise ModelError("the tokenizer has no chat template: this model is no chat model")
-    if tokenizer.eos_token_id is None:
-        raise ModelError("the tokenizer has no end-of-sequence token")
 
 
 def quiz(

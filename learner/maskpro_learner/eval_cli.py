@@ -20,7 +20,8 @@ from transformers import PreTrainedTokenizerBase
 
 from maskpro_kernels.files import write_atomically
 from maskpro_learner.calibration import read_text
-from maskpro_learner.chat_quiz import SHIPPED, Question, QuizResult, check_chat, quiz, read_questions
+from maskpro_learner.chat_corpus import check_chat
+from maskpro_learner.chat_quiz import SHIPPED, Question, QuizResult, quiz, read_questions
 from maskpro_learner.checkpoints import check_model, load_tokenizer
 from maskpro_learner.errors import LearnerError, ModelError
 from maskpro_learner.evaluate import Perplexity, text_perplexity

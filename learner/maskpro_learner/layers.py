@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -89,6 +90,18 @@ def select_layers(
             f"{type(model).__name__}: no linear layer is left to prune to {pattern} ({len(dense)} stay dense)"
         )
     return PrunableLayers(blocks, dense)
+
+
+@contextmanager
+def weights_restored(linears: Iterable[nn.Linear]) -> Iterator[None]:
+    """Gives the linears their weights back at the end, whatever they were set to. They are kept, not copied:
+    inside, replace ``weight.data`` and do not write into it."""
+    kept = [(linear, linear.weight.data) for linear in linears]
+    try:
+        yield
+    finally:
+        for linear, weight in kept:
+            linear.weight.data = weight
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from maskpro_kernels import NMPattern
-from maskpro_learner.layers import select_layers
+from maskpro_learner.layers import select_layers, weights_restored
 from maskpro_learner.sequential import BlockRunner
 
 _TOKENS = 32_768
@@ -54,9 +54,8 @@ def margin_logits(
     layers = select_layers(model, pattern)
     blocks = max(1, _TOKENS // tokens.shape[1])
     runner = BlockRunner(model, layers.blocks, tokens[:blocks], batch=batch)
-    dense = {f"{name}.weight": linear.weight.data for name, linear in layers.linears.items()}
     logits: dict[str, Tensor] = {}
-    try:
+    with weights_restored(layers.linears.values()):
         for index, block in enumerate(layers.blocks):
             statistics = runner.statistics(index, with_gram=True)
             for module_name, linear in block.linears.items():
@@ -69,9 +68,6 @@ def margin_logits(
                 logits[name] = _logits(_worth(linear.weight.float(), gram, mask), mask, pattern, scale)
                 linear.weight.data = torch.where(mask, linear.weight, 0)
             runner.advance(index)
-    finally:
-        for module_name, linear in layers.linears.items():
-            linear.weight.data = dense[f"{module_name}.weight"]
     return logits
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from maskpro_kernels import LowRank, MaskFile, read_masks, read_recovery, write_recovery
-from maskpro_learner.calibration import calibration_blocks
+from maskpro_learner.calibration import calibration_blocks, source_name
 from maskpro_learner.checkpoints import check_model, file_sha256, load_model, load_tokenizer, weights_sha256
 from maskpro_learner.errors import LearnerError
 from maskpro_learner.layers import select_layers
@@ -172,12 +172,11 @@ def _distill(
 
 def _provenance(options: argparse.Namespace, config: RecoverConfig) -> dict[str, str]:
     """What a recovery file says about where it comes from; text to text."""
-    files = (f"{path.name} sha256:{file_sha256(path)}" for path in options.calibration)
     entries = {
         "base_model": Path(options.model).name if Path(options.model).is_dir() else options.model,
         "base_model_sha256": weights_sha256(options.model),
         "mask_sha256": file_sha256(options.mask),
-        "calibration": ", ".join(files),
+        "calibration": ", ".join(map(source_name, options.calibration)),
         "samples": options.samples,
         "length": options.length,
         "distill_samples": options.distill_samples and " ".join(map(str, options.distill_samples)),

@@ -28,7 +28,7 @@ from maskpro_kernels import NMPattern
 from maskpro_kernels.files import write_atomically
 from maskpro_kernels.recovery import LowRank
 from maskpro_learner.errors import LearnerError
-from maskpro_learner.layers import select_layers
+from maskpro_learner.layers import select_layers, weights_restored
 from maskpro_learner.refit import damped, low_rank_refit, root_mean_square
 from maskpro_learner.sequential import BlockRunner
 
@@ -147,11 +147,10 @@ def reconstruct(
     """
     layers = select_layers(model, pattern)
     known = learning_linears(model, masks, pattern)
-    dense_weights = {name: linear.weight.data for name, linear in known.items()}
     dense = BlockRunner(model, layers.blocks, tokens, batch=config.batch)
     runner = BlockRunner(model, layers.blocks, tokens, batch=config.batch)
     updates: dict[str, LowRank] = {}
-    try:
+    with weights_restored(known.values()):
         for index, block in enumerate(layers.blocks):
             linears = {f"{name}.weight": linear for name, linear in block.linears.items() if f"{name}.weight" in known}
             statistics = runner.statistics(index, with_gram=True)
@@ -169,9 +168,6 @@ def reconstruct(
             for name, linear in linears.items():
                 linear.weight.data = torch.where(masks[name].to(linear.weight.device), linear.weight, 0)
             on_block(fit)
-    finally:
-        for name, linear in known.items():
-            linear.weight.data = dense_weights[name]
     return updates
 
 

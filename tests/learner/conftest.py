@@ -22,6 +22,9 @@ from transformers import (
     Qwen3Config,
 )
 
+from maskpro_kernels import NMPattern, write_masks
+from maskpro_learner import initial_masks
+
 # fmt: off
 WORDS = [
     "the", "cat", "sat", "on", "a", "mat", "and", "saw", "one", "red", "bird", "fly", "over", "green", "hills", "while",
@@ -96,4 +99,14 @@ def text_file(tmp_path: Path) -> Path:
     """40 short documents, blank lines between."""
     path = tmp_path / "calibration.txt"
     path.write_text("\n\n".join(" ".join(WORDS[i % 7 :] + WORDS[: i % 5]) for i in range(40)))
+    return path
+
+
+@pytest.fixture
+def mask_file(model_folder: Path, tmp_path: Path) -> Path:
+    """A 2:4 mask file of that Llama; random masks, so that no weight's size tells which are kept."""
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    pattern = NMPattern(2, 4)
+    path = tmp_path / "mask.safetensors"
+    write_masks(path, initial_masks(model, pattern, "random").masks, pattern, provenance={"method": "random"})
     return path

@@ -13,21 +13,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from maskpro_kernels import NMPattern, write_masks
-from maskpro_learner import initial_masks, text_perplexity
+from maskpro_kernels import NMPattern
+from maskpro_learner import text_perplexity
 from maskpro_learner.checkpoints import load_model, load_tokenizer
 from maskpro_learner.eval_cli import main
 from maskpro_serve import convert
 
 PATTERN = NMPattern.parse("2:4")
-
-
-@pytest.fixture
-def mask_file(model_folder: Path, tmp_path: Path) -> Path:
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
-    path = tmp_path / "mask.safetensors"
-    write_masks(path, initial_masks(model, PATTERN, "random").masks, PATTERN, provenance={"method": "random"})
-    return path
 
 
 @pytest.fixture

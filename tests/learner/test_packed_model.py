@@ -26,15 +26,6 @@ Edit = Callable[[dict[str, Tensor]], object]
 
 
 @pytest.fixture
-def mask_file(model_folder: Path, tmp_path: Path) -> Path:
-    """Random masks, so that no weight's size tells which are kept."""
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
-    path = tmp_path / "mask.safetensors"
-    write_masks(path, initial_masks(model, PATTERN, "random").masks, PATTERN, provenance={"method": "random"})
-    return path
-
-
-@pytest.fixture
 def packed(model_folder: Path, mask_file: Path, tmp_path: Path) -> Path:
     """The tiny model, packed."""
     convert(model_folder, tmp_path / "packed", mask=mask_file)
