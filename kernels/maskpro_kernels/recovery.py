@@ -6,6 +6,7 @@ no cost at inference: W' is packed like any other weight. The factors are stored
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,11 +105,17 @@ def write_recovery(path: Path, updates: Mapping[str, LowRank], *, provenance: Ma
     write_safetensors(path, tensors, metadata)
 
 
-def read_recovery(path: Path) -> RecoveryFile:
+def read_recovery(path: Path, mask: Path | None = None) -> RecoveryFile:
     """Reads a recovery file and checks all of it.
 
+    Args:
+        path: the file.
+        mask: the mask file it is meant for; one that says which file it was made with must mean this one.
+
     Raises:
-        RecoveryFileError: the file is missing, of another kind or version, or its tensors do not fit together.
+        RecoveryFileError: the file is missing, of another kind or version, its tensors do not fit together, or it was
+            made with another mask.
+        OSError: the mask file cannot be read.
     """
     metadata, tensors = read_safetensors(path, "recovery file", RecoveryFileError)
     for key, expected in (("format", "maskpro-recovery"), ("format_version", str(FORMAT_VERSION))):
@@ -125,6 +132,11 @@ def read_recovery(path: Path) -> RecoveryFile:
             raise RecoveryFileError(f"{path}: {name}: {error}") from error
     if tensors:
         raise RecoveryFileError(f"{path}: unexpected tensor {min(tensors)}")
+    made_with = metadata.get("mask_sha256")
+    if mask is not None and made_with is not None:
+        found = hashlib.sha256(mask.read_bytes()).hexdigest()
+        if made_with != found:
+            raise RecoveryFileError(f"{path}: mask_sha256: expected {found}, the one of {mask}, found {made_with}")
     own = {"format", "format_version"}
     return RecoveryFile(updates, {key: value for key, value in metadata.items() if key not in own})
 

@@ -81,7 +81,7 @@ def load_for_evaluation(
     file = read_masks(mask)
     model = load_model(name, dtype, device)
     if recovery is not None:
-        _merge(model, file.masks, read_recovery(recovery).updates, recovery)
+        _merge(model, file.masks, read_recovery(recovery, mask).updates, recovery)
     apply_masks(model, file.masks)
     return EvaluatedModel(model, "masked", file.pattern, file.provenance, _other_base(name, mask, file.provenance))
 

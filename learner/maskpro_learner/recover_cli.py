@@ -39,8 +39,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=default.rank, help=f"of the updates (default {default.rank})")
     data = parser.add_argument_group("calibration")
     data.add_argument(
-        "--calibration", nargs="+", type=Path, required=True, metavar="FILE",
-        help=".txt, or .jsonl with text, prefix and gold_completion, or messages; several files share the samples",
+        "--calibration", nargs="+", required=True, metavar="FILE|hub:NAME",
+        help=".txt, or .jsonl with text, prefix and gold_completion, or messages; or such rows of a dataset on the "
+        "Hugging Face hub (hub:allenai/c4:en); several share the samples",
     )  # fmt: skip
     data.add_argument("--samples", type=int, default=64, help="blocks of text for the block by block fit (default 64)")
     data.add_argument("--length", type=int, default=256, help="tokens of a block (default 256)")
@@ -53,8 +54,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     training.add_argument("--minibatch", type=int, default=default.minibatch, help="blocks of text in a step")
     training.add_argument(
         "--distill-samples", type=int, nargs="+", metavar="N",
-        help="blocks of each calibration file, in their order; a file named twice is met twice as often "
-        "(default: all files alike, steps * minibatch in all)",
+        help="blocks of each calibration source, in their order; one named twice is met twice as often "
+        "(default: all alike, steps * minibatch in all)",
     )  # fmt: skip
     training.add_argument("--learning-rate", type=float, default=default.learning_rate, help="relative to the factors")
     training.add_argument("--checkpoint-minutes", type=float, default=10.0, help="between checkpoints (default 10)")
@@ -84,15 +85,21 @@ def recover(options: argparse.Namespace, console: Console) -> None:
     text: Tensor | None = None
     if config.steps:  # read before anything slow, so that too little text is known at once
         text = _text(options, config, tokenizer)
+    origin = _provenance(options, config)
+    checkpoint = options.output.with_suffix(".checkpoint")
+    updates: dict[str, LowRank] | None = None
     fits: list[BlockFit] = []
     if options.start is not None:
-        updates = read_recovery(options.start).updates
-    else:
+        updates = read_recovery(options.start, options.mask).updates
+    elif text is None or not checkpoint.exists():
         updates, fits = _reconstruct(options, config, model, tokenizer, file)
     steps: list[DistillStep] = []
     if text is not None:
-        updates, steps = _distill(options, config, model, text, file, updates)
-    write_recovery(options.output, updates, provenance=_provenance(options, config))
+        updates, steps = _distill(options, config, model, text, file, updates, json.dumps(origin), checkpoint)
+    assert updates is not None
+    write_recovery(options.output, updates, provenance=origin)
+    if text is not None:
+        checkpoint.unlink(missing_ok=True)  # not before the recovery is safe
     console.print(_summary(options.output, updates, fits, steps))
 
 
@@ -104,7 +111,7 @@ def _text(options: argparse.Namespace, config: RecoverConfig, tokenizer: PreTrai
         return calibration_blocks(options.calibration, tokenizer, samples=samples, length=options.length, seed=seed)
     if len(counts) != len(options.calibration):
         raise LearnerError(
-            f"--distill-samples: expected {len(options.calibration)} numbers, one for each calibration file, found "
+            f"--distill-samples: expected {len(options.calibration)} numbers, one for each calibration source, found "
             f"{len(counts)}"
         )
     return torch.cat(
@@ -134,10 +141,9 @@ def _reconstruct(
 
 def _distill(
     options: argparse.Namespace, config: RecoverConfig, model: PreTrainedModel, tokens: Tensor, file: MaskFile,
-    updates: dict[str, LowRank],
+    updates: dict[str, LowRank] | None, origin: str, checkpoint: Path,
 ) -> tuple[dict[str, LowRank], list[DistillStep]]:  # fmt: skip
     """Distillation at a terminal: progress, a line a step in the log, checkpoints, a stop that loses nothing."""
-    checkpoint, log_path = (options.output.with_suffix(suffix) for suffix in (".checkpoint", ".jsonl"))
     teacher = load_model(options.model, torch.float32, options.device)
     stop = StopRequest()
     steps: list[DistillStep] = []
@@ -151,7 +157,9 @@ def _distill(
     )
     with (
         stop.listening(),
-        log_path.open("a" if checkpoint.exists() else "w", encoding="utf-8", buffering=1) as log,
+        options.output.with_suffix(".jsonl").open(
+            "a" if checkpoint.exists() else "w", encoding="utf-8", buffering=1
+        ) as log,
         Progress(*columns, console=Console(stderr=True)) as progress,
     ):
         task = progress.add_task("", total=config.steps, divergence="-")
@@ -161,13 +169,13 @@ def _distill(
             log.write(json.dumps(asdict(step)) + "\n")
             progress.update(task, completed=step.step, divergence=f"{step.divergence:.4f}")
 
-        updates = distill(
-            model, teacher, tokens, file.masks, file.pattern, updates, config, on_step=on_step, checkpoint=checkpoint,
-            checkpoint_seconds=60 * options.checkpoint_minutes, stop=stop,
+        found = distill(
+            model, teacher, tokens, file.masks, file.pattern, updates, config, origin=origin, on_step=on_step,
+            checkpoint=checkpoint, checkpoint_seconds=60 * options.checkpoint_minutes, stop=stop,
         )  # fmt: skip
-    if stop.number is not None and checkpoint.exists():
+    if stop.number is not None:
         raise Interrupted(stop.number, checkpoint)
-    return updates, steps
+    return found, steps
 
 
 def _provenance(options: argparse.Namespace, config: RecoverConfig) -> dict[str, str]:

@@ -18,21 +18,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 from maskpro_kernels import NMPattern
-from maskpro_kernels.files import write_atomically
 from maskpro_kernels.recovery import LowRank
+from maskpro_learner.checkpointed import read_checkpoint, run_steps, write_checkpoint
 from maskpro_learner.errors import LearnerError
 from maskpro_learner.layers import select_layers, weights_restored
 from maskpro_learner.refit import damped, low_rank_refit, root_mean_square
 from maskpro_learner.sequential import BlockRunner
 
-_CHECKPOINT_VERSION = "1"
 _WARMUP = 0.05
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -241,9 +238,10 @@ def distill(
     tokens: Tensor,
     masks: Mapping[str, Tensor],
     pattern: NMPattern,
-    updates: Mapping[str, LowRank],
+    updates: Mapping[str, LowRank] | None,
     config: RecoverConfig,
     *,
+    origin: str = "",
     on_step: Callable[[DistillStep], None] = lambda step: None,
     checkpoint: Path | None = None,
     checkpoint_seconds: float = 600.0,
@@ -257,12 +255,14 @@ def distill(
         tokens: int64 (samples, length), text; every position of it counts.
         masks: weight name to boolean mask.
         pattern: the masks' pattern.
-        updates: weight name to update, where training starts.
+        updates: weight name to update, where training starts; None if the checkpoint is there, which has them.
         config: the settings.
+        origin: what the start depends on; a checkpoint of another origin is of another run.
         on_step: called after every step.
-        checkpoint: file to write now and then, and to go on from if it exists; removed when training is over.
+        checkpoint: file to write now and then and at the end, and to go on from if it exists. The caller removes it
+            once the updates are safe.
         checkpoint_seconds: time between two writes.
-        stop: asked after every step; True writes the checkpoint and ends early.
+        stop: asked before every step; True writes the checkpoint and ends early.
 
     Returns:
         Weight name to update.
@@ -272,42 +272,81 @@ def distill(
         OSError: the checkpoint cannot be written; the last one is intact.
     """
     linears = learning_linears(model, masks, pattern)
+    identity = json.dumps([asdict(config), origin, int(tokens.sum()), list(tokens.shape)], sort_keys=True)
+    resumed = None
+    if checkpoint is not None and checkpoint.exists():
+        resumed = _State.read(checkpoint, identity, linears)
+        updates = resumed.updates
+    updates = updates or {}
     if missing := sorted(linears.keys() - updates.keys()):
         raise LearnerError(f"recovery: {missing[0]}: no update to start from")
     with _parametrized(linears, masks, updates) as recovered:
-        run = _Distillation(model, teacher, tokens, recovered, config)
-        if checkpoint is not None and checkpoint.exists():
-            run.resume(checkpoint)
-        written = time.monotonic()
-        while run.done < config.steps and not stop():
-            on_step(run.advance())
-            if checkpoint is not None and time.monotonic() - written >= checkpoint_seconds:
-                run.save(checkpoint)
-                written = time.monotonic()
-        if checkpoint is not None:
-            if run.done < config.steps:
-                run.save(checkpoint)
-            else:
-                checkpoint.unlink(missing_ok=True)
-        return {name: LowRank(module.b.detach().cpu(), module.a.detach().cpu()) for name, module in recovered.items()}
+        run = _Distillation(model, teacher, tokens, recovered, config, identity, resumed)
+        run_steps(
+            run, config.steps, on_step=on_step, checkpoint=checkpoint, checkpoint_seconds=checkpoint_seconds, stop=stop
+        )
+        return {name: module.update() for name, module in recovered.items()}
+
+
+@dataclass(frozen=True)
+class _State:
+    """What a checkpoint holds: steps done, the factors, what their learning rates are relative to, Adam's moments."""
+
+    done: int
+    updates: dict[str, LowRank]
+    sizes: dict[str, float]
+    moments: dict[str, dict[str, Tensor]]
+
+    @classmethod
+    def read(cls, path: Path, identity: str, names: Iterable[str]) -> _State:
+        """A checkpoint of the run of that identity.
+
+        Raises:
+            LearnerError: it is unreadable, or of another run.
+        """
+        with read_checkpoint(path, identity=identity) as (done, state, tensor):
+            updates = {name: LowRank(tensor(f"{name}.b"), tensor(f"{name}.a")) for name in names}
+            factors = [f"{name}.{which}" for name in updates for which in ("b", "a")]
+            moments = {
+                factor: {moment: tensor(f"{factor}.{moment}") for moment in _MOMENTS} for factor in factors if done
+            }
+            sizes = {factor: float.fromhex(state[f"{factor}.size"]) for factor in factors}
+        return cls(done, updates, sizes, moments)
 
 
 class _Distillation:
-    """The state of a run: steps done, the factors, and Adam's moments of them."""
+    """A run of distillation.
+
+    Args:
+        model: computes with the recovered weights.
+        teacher: the dense model.
+        tokens: the text.
+        recovered: weight name to its parametrization; their factors are trained.
+        config: the settings.
+        identity: of the run, for its checkpoints.
+        resumed: the state to go on from; the factors are its already.
+    """
 
     def __init__(
         self, model: PreTrainedModel, teacher: PreTrainedModel, tokens: Tensor, recovered: dict[str, _Recovered],
-        config: RecoverConfig,
+        config: RecoverConfig, identity: str, resumed: _State | None,
     ) -> None:  # fmt: skip
         self.done = 0
         self._model, self._teacher, self._tokens, self._config = model, teacher, tokens, config
+        self._identity = identity
         self._factors = {
             f"{name}.{which}": factor
             for name, module in recovered.items()
             for which, factor in module.named_parameters()
         }
         self._adam = relative_adam(self._factors.values())
-        self._first = [group["size"] for group in self._adam.param_groups]
+        if resumed is not None:
+            self.done = resumed.done
+            for group, (name, factor) in zip(self._adam.param_groups, self._factors.items(), strict=True):
+                group["size"] = resumed.sizes[name]
+                if self.done:
+                    moments = {moment: value.to(factor.device) for moment, value in resumed.moments[name].items()}
+                    self._adam.state[factor] = {"step": torch.tensor(float(self.done)), **moments}
 
     def advance(self) -> DistillStep:
         """One minibatch."""
@@ -342,35 +381,17 @@ class _Distillation:
         return torch.randperm(len(self._tokens), generator=generator)
 
     def save(self, path: Path) -> None:
-        """Writes the checkpoint: to a temporary name, synced, then renamed."""
-        tensors = {name: factor.detach() for name, factor in self._factors.items()}
-        for name, factor in self._factors.items():
-            if state := self._adam.state[factor]:
-                tensors |= {f"{name}.{moment}": state[moment] for moment in _MOMENTS}
-        metadata = {"version": _CHECKPOINT_VERSION, "run": self._identity(), "done": str(self.done)}
-        write_atomically(path, save(tensors, metadata))
-
-    def resume(self, path: Path) -> None:
-        """Goes on where a checkpoint of this very run stopped.
+        """Writes the checkpoint.
 
         Raises:
-            LearnerError: it is unreadable, or of another run.
+            OSError: it cannot be written; the last one is intact.
         """
-        try:
-            with safe_open(path, framework="pt", device=str(self._model.device)) as file:
-                metadata: dict[str, str] = file.metadata() or {}
-                if metadata.get("version") != _CHECKPOINT_VERSION or metadata.get("run") != self._identity():
-                    raise LearnerError(f"{path}: a checkpoint of another run: remove it, or change --output")
-                self.done = int(metadata["done"])
-                for name, factor in self._factors.items():
-                    factor.data.copy_(file.get_tensor(name))
-                    if self.done:
-                        state = {moment: file.get_tensor(f"{name}.{moment}") for moment in _MOMENTS}
-                        self._adam.state[factor] = {"step": torch.tensor(float(self.done)), **state}
-        except (SafetensorError, OSError, KeyError) as error:
-            raise LearnerError(f"{path}: not a readable checkpoint: {error}") from error
-
-    def _identity(self) -> str:
-        """Settings, text and start: what two runs share if and only if one can go on as the other."""
-        text = [int(self._tokens.sum()), list(self._tokens.shape)]
-        return json.dumps([asdict(self._config), text, self._first], sort_keys=True)
+        tensors = {name: factor.detach() for name, factor in self._factors.items()}
+        for name, factor in self._factors.items():
+            if moments := self._adam.state[factor]:
+                tensors |= {f"{name}.{moment}": moments[moment] for moment in _MOMENTS}
+        sizes = {
+            f"{name}.size": group["size"].hex()
+            for name, group in zip(self._factors, self._adam.param_groups, strict=True)
+        }
+        write_checkpoint(path, tensors, identity=self._identity, done=self.done, state=sizes)

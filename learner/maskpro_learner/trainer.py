@@ -18,12 +18,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from maskpro_kernels.files import write_atomically
+from maskpro_learner.checkpointed import read_checkpoint, run_steps, write_checkpoint
 from maskpro_learner.config import LearnConfig
 from maskpro_learner.distributed import ALONE, World
 from maskpro_learner.errors import CalibrationError, LearnerError
@@ -32,8 +30,6 @@ from maskpro_learner.evaluate import summed_loss
 from maskpro_learner.layers import select_layers
 from maskpro_learner.margins import margin_logits
 from maskpro_learner.masked_model import MaskedModel, constant_logits, masked, token_losses
-
-_CHECKPOINT_VERSION = "1"
 
 
 @dataclass(frozen=True)
@@ -63,7 +59,7 @@ def learn_masks(
     masks: Mapping[str, Tensor],
     config: LearnConfig,
     *,
-    on_step: Callable[[Step], None] | None = None,
+    on_step: Callable[[Step], None] = lambda step: None,
     checkpoint: Path | None = None,
     checkpoint_seconds: float = 600.0,
     stop: Callable[[], bool] = lambda: False,
@@ -106,7 +102,8 @@ def learn_masks(
     learning = {name: linear for name, linear in linears.items() if f"{name}.weight" in masks}
     masks = {name: world.from_first(mask) for name, mask in masks.items()}
     scale = config.settings().initial_logit
-    if config.start == "margin":
+    resumed = world.largest(int(checkpoint is not None and world.is_first and checkpoint.exists())) > 0
+    if config.start == "margin" and not resumed:  # a checkpoint brings its logits
         logits = margin_logits(model, tokens, masks, config.pattern, scale, batch=config.batch)
     else:
         logits = constant_logits(masks, scale)
@@ -115,19 +112,12 @@ def learn_masks(
         masked(learning, masks, config.pattern, logits=logits, seed=config.seed) as policy,
     ):
         run = _Run(model, tokens, policy, config, world)
-        if checkpoint is not None and world.is_first and checkpoint.exists():
+        if checkpoint is not None and resumed and world.is_first:
             run.resume(checkpoint)
         run.begin()
-        written = time.monotonic()
-        while run.done < config.steps and not stop():
-            step = run.advance()
-            if on_step is not None:
-                on_step(step)
-            if checkpoint is not None and time.monotonic() - written >= checkpoint_seconds:
-                run.save(checkpoint)
-                written = time.monotonic()
-        if checkpoint is not None:
-            run.save(checkpoint)
+        run_steps(
+            run, config.steps, on_step=on_step, checkpoint=checkpoint, checkpoint_seconds=checkpoint_seconds, stop=stop
+        )
         return policy.masks()
 
 
@@ -233,26 +223,14 @@ class _Run:
         return loss
 
     def save(self, path: Path) -> None:
-        """Writes the checkpoint, in the first process: to a temporary name, synced, then renamed.
+        """Writes the checkpoint, in the first process.
 
         Raises:
             OSError: it cannot be; the last one is intact.
         """
-        if not self._world.is_first:
-            return
-        metadata = {
-            "version": _CHECKPOINT_VERSION,
-            "run": self._identity(),
-            "done": str(self.done),
-            "tracker": self._estimator.tracker.hex(),
-        }
-        try:
-            write_atomically(path, save(self._policy.logits, metadata))
-        except OSError as error:
-            raise OSError(
-                f"{path}: the checkpoint of step {self.done} cannot be written ({error.strerror}); the one before, if "
-                "any, is intact, and the same command goes on from it"
-            ) from error
+        if self._world.is_first:
+            state = {"tracker": self._estimator.tracker.hex()}
+            write_checkpoint(path, self._policy.logits, identity=self._identity(), done=self.done, state=state)
 
     def resume(self, path: Path) -> None:
         """Goes on where a checkpoint of this very run stopped.
@@ -260,20 +238,11 @@ class _Run:
         Raises:
             LearnerError: it is unreadable, or of another run.
         """
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata: dict[str, str] = file.metadata() or {}
-                if metadata.get("version") != _CHECKPOINT_VERSION or metadata.get("run") != self._identity():
-                    raise LearnerError(
-                        f"{path}: a checkpoint of another run (other settings, masks or text): remove it, or change "
-                        "--output"
-                    )
-                for name, logits in self._policy.logits.items():
-                    logits.copy_(file.get_tensor(name))
-                self.done = int(metadata["done"])
-                self._estimator.tracker = float.fromhex(metadata["tracker"])
-        except (SafetensorError, OSError, KeyError) as error:
-            raise LearnerError(f"{path}: not a readable checkpoint: {error}") from error
+        with read_checkpoint(path, identity=self._identity()) as (done, state, tensor):
+            for name, logits in self._policy.logits.items():
+                logits.copy_(tensor(name))
+            self.done = done
+            self._estimator.tracker = float.fromhex(state["tracker"])
 
     def _identity(self) -> str:
         """Settings, shapes, text and initial losses: what two runs share if and only if one can go on as the other."""

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from maskpro_kernels import LowRank, MaskFileError, NMPattern, recovered, write_masks, write_recovery
+from maskpro_kernels import LowRank, MaskFileError, NMPattern, RecoveryFileError, recovered, write_masks, write_recovery
 from maskpro_kernels.packing import magnitude_mask
 from maskpro_learner import LearnerError, ModelError, initial_masks
 from maskpro_learner.checkpoints import load_model
@@ -214,6 +214,9 @@ def test_a_recovery_is_merged_under_the_mask(model_folder, tmp_path):
     assert torch.equal(found[name], recovered(weight, mask, update.rounded()))
     with pytest.raises(LearnerError, match="expected the --mask that it was made with"):
         load_for_evaluation(str(model_folder), None, torch.float32, recovery=recovery)
+    write_recovery(recovery, {name: update}, provenance={"mask_sha256": "0" * 64})
+    with pytest.raises(RecoveryFileError, match=r"mask_sha256: expected [0-9a-f]{64}, the one of .* found 0{64}"):
+        load_for_evaluation(str(model_folder), masks, torch.float32, recovery=recovery)
     write_recovery(recovery, {name: LowRank(update.b[:4], update.a)})
     with pytest.raises(ModelError, match=r"up_proj\.weight: recovery: expected an update of shape"):
         load_for_evaluation(str(model_folder), masks, torch.float32, recovery=recovery)

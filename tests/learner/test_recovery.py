@@ -81,10 +81,13 @@ def tiny():
 CONFIG = RecoverConfig(rank=4, block_steps=4, steps=12, minibatch=5, batch=3, learning_rate=0.05)
 
 
-def recover(tiny, config=CONFIG, **arguments):
+def recover(tiny, config=CONFIG, checkpoint=None, **arguments):
     model, tokens, masks = tiny
-    updates = reconstruct(model, tokens, masks, PATTERN, config)
-    return distill(model, copy.deepcopy(model), tokens, masks, PATTERN, updates, config, **arguments)
+    resumed = checkpoint is not None and checkpoint.exists()
+    updates = None if resumed else reconstruct(model, tokens, masks, PATTERN, config)
+    return distill(
+        model, copy.deepcopy(model), tokens, masks, PATTERN, updates, config, checkpoint=checkpoint, **arguments
+    )
 
 
 def test_training_a_block_brings_it_closer_to_the_dense_one(tiny):
@@ -124,7 +127,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(tiny, tmp_path, stops):
             tiny, on_step=lambda step, done=done: done.append(step.step), checkpoint=checkpoint,
             stop=lambda done=done, stop=stop: bool(done) and done[-1] == stop,
         )  # fmt: skip
-        assert checkpoint.exists() == (stop is not None)
+        assert checkpoint.exists()  # until the caller has written what it holds
     for name, update in whole.items():
         assert torch.equal(update.b, result[name].b)
         assert torch.equal(update.a, result[name].a)
@@ -136,6 +139,8 @@ def test_a_checkpoint_of_another_run_is_refused(tiny, tmp_path):
     saved = checkpoint.read_bytes()
     with pytest.raises(LearnerError, match="a checkpoint of another run"):
         recover(tiny, dataclasses.replace(CONFIG, seed=1), checkpoint=checkpoint)
+    with pytest.raises(LearnerError, match="a checkpoint of another run"):
+        recover(tiny, checkpoint=checkpoint, origin="another mask")
     assert checkpoint.read_bytes() == saved
 
 
@@ -169,7 +174,7 @@ def test_the_command_writes_a_recovery_file(model_folder, text_file, tmp_path, c
     assert main([*command, "--steps", "3000"]) == 2
     assert "tokens (12000 samples of 16), found" in capsys.readouterr().err
     assert main([*command, "--distill-samples", "4", "4"]) == 2
-    assert "expected 1 numbers, one for each calibration file, found 2" in capsys.readouterr().err
+    assert "expected 1 numbers, one for each calibration source, found 2" in capsys.readouterr().err
     assert main([*command, "--distill-samples", "4", "--start", str(output)]) == 0
     assert read_recovery(output).provenance["distill_samples"] == "4"
     assert main([*command, "--rank", "0"]) == 2

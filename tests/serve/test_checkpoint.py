@@ -10,7 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from maskpro_kernels import LowRank, NMWeight, read_masks, recovered, unpack, write_masks, write_recovery
+from maskpro_kernels import (
+    LowRank,
+    NMWeight,
+    RecoveryFileError,
+    read_masks,
+    recovered,
+    unpack,
+    write_masks,
+    write_recovery,
+)
 from maskpro_kernels.packing import magnitude_mask
 from maskpro_serve import CheckpointError, convert, load_packed
 from maskpro_serve.checkpoint import check_checkpoint
@@ -223,7 +232,7 @@ def test_a_recovery_of_another_mask_or_model_is_refused(tiny, tmp_path, recovery
     with pytest.raises(CheckpointError, match="needs the mask file"):
         convert(tiny["pruned"], tmp_path / "out", pattern=read_masks(tiny["mask"]).pattern, recovery=recovery)
     write_recovery(recovery, {f"{LAYER}.weight": _update(4, 4)}, provenance={"mask_sha256": "0" * 64})
-    with pytest.raises(CheckpointError, match=r"mask_sha256: expected [0-9a-f]{64}, the one of .* found 0{64}"):
+    with pytest.raises(RecoveryFileError, match=r"mask_sha256: expected [0-9a-f]{64}, the one of .* found 0{64}"):
         convert(tiny["dense"], tmp_path / "out", mask=tiny["mask"], recovery=recovery)
     write_recovery(recovery, {f"{LAYER}.weight": _update(4, 4)})
     with pytest.raises(CheckpointError, match=r"up_proj\.weight: expected shape .* found \(4, 4\)"):
