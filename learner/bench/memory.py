@@ -20,10 +20,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from memory_plan import lean_learning
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from maskpro_kernels import NMPattern
@@ -31,6 +33,7 @@ from maskpro_kernels.packing import top_n_mask
 from maskpro_learner import LearnConfig, learn_masks, select_layers
 from maskpro_learner.estimator import ESTIMATORS
 from maskpro_learner.evaluate import summed_loss
+from maskpro_learner.packed_masks import PackedMasks
 
 PATTERN = NMPattern(2, 4)
 LLAMA_7B_PRUNABLE = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008)
@@ -98,14 +101,15 @@ def learn(
 ) -> None:
     """What is measured: initial masks are made where they are handed over, and nobody else keeps them."""
     config = LearnConfig(PATTERN, arguments.steps, arguments.estimator, minibatch=len(tokens), batch=len(tokens))
-    learn_masks(
-        model, tokens,
-        {
-            f"{name}.weight": top_n_mask(linear.weight, PATTERN)
-            for name, linear in select_layers(model, PATTERN).linears.items()
-        },
-        config, checkpoint=checkpoint, checkpoint_seconds=0,
-    )  # fmt: skip
+    with lean_learning(model) if arguments.plan else nullcontext():
+        learn_masks(
+            model, tokens,
+            PackedMasks(
+                (f"{name}.weight", top_n_mask(linear.weight, PATTERN))
+                for name, linear in select_layers(model, PATTERN).linears.items()
+            ),
+            config, checkpoint=checkpoint, checkpoint_seconds=0,
+        )  # fmt: skip
 
 
 def measure_here(layers: int, arguments: argparse.Namespace) -> Peak:
@@ -116,6 +120,8 @@ def measure_here(layers: int, arguments: argparse.Namespace) -> Peak:
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "run.checkpoint" if arguments.checkpoint else None
         learn(llama(1, 128, dtype), tokens, arguments, checkpoint)  # loads every library first
+        if checkpoint is not None:
+            checkpoint.unlink()
         before = status("VmRSS")
         model = llama(layers, arguments.hidden, dtype)
         prunable = sum(linear.weight.nbytes for linear in select_layers(model, PATTERN).linears.values())
@@ -128,7 +134,7 @@ def measure_here(layers: int, arguments: argparse.Namespace) -> Peak:
 def measure(layers: int, arguments: argparse.Namespace) -> Peak:
     """:func:`measure_here` in a fresh process."""
     command = [sys.executable, __file__, "--child", str(layers), *sys.argv[1:]]
-    environment = os.environ | {"MALLOC_ARENA_MAX": "1"}
+    environment = os.environ | {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
     run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     return Peak(**json.loads(run.stdout.splitlines()[-1]))
 
@@ -143,7 +149,7 @@ def slope(peaks: list[Peak]) -> tuple[float, float]:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, nargs="+", default=[2, 4, 8], help="depths (default 2 4 8)")
+    parser.add_argument("--layers", type=int, nargs="+", default=[4, 8, 16], help="depths (default 4 8 16)")
     parser.add_argument("--hidden", type=int, default=1024, help="width, a multiple of 64 (default 1024)")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16", help="of the model")
     parser.add_argument("--estimator", choices=ESTIMATORS, default="smoothed")
@@ -151,6 +157,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--blocks", type=int, default=2, help="blocks of the minibatch (default 2)")
     parser.add_argument("--length", type=int, default=16, help="tokens of a block (default 16)")
     parser.add_argument("--no-checkpoint", dest="checkpoint", action="store_false", help="write none after each step")
+    parser.add_argument("--plan", action="store_true", help="by the plan for 4.2 bytes, see memory_plan.py")
     parser.add_argument("--json", type=Path, help="also write everything here")
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -173,10 +180,10 @@ def main() -> None:
             f"{peak.layers:>7}{peak.weights:>13,}{megabytes[0]:>9.1f}{megabytes[1]:>8.1f}{megabytes[2]:>13.1f}"
             f"{megabytes[3]:>9.1f}{megabytes[4]:>10.1f}"
         )
-    kept = 2 * width + 4
+    kept = width + 2 if arguments.plan else 2 * width + 4
+    parts = f"{width} dense + 2 logit" if arguments.plan else f"{width} dense + {width} masked + 4 logit"
     print(
-        f"{per_weight:.2f} bytes per weight ({width} dense + {width} masked + 4 logit = {kept} are kept), and "
-        f"{constant / 1e6:.0f} MB whatever the depth"
+        f"{per_weight:.2f} bytes per weight ({parts} = {kept} are kept), and {constant / 1e6:.0f} MB whatever the depth"
     )
     ours, least, authors = (
         (each * LLAMA_7B_PRUNABLE + 2 * LLAMA_7B_OTHER) / 2**30 for each in (per_weight, kept, AUTHORS_BYTES)
@@ -191,6 +198,7 @@ def main() -> None:
             "estimator": arguments.estimator,
             "dtype": arguments.dtype,
             "checkpoint": arguments.checkpoint,
+            "plan": arguments.plan,
             "peaks": [asdict(peak) | {"learning": peak.learning} for peak in peaks],
             "bytes_per_weight": per_weight,
             "constant_bytes": constant,

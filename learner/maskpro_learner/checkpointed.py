@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from maskpro_kernels.files import write_atomically
+from maskpro_kernels.files import write_safetensors
 from maskpro_learner.errors import LearnerError
 
 _VERSION = "1"
@@ -75,7 +74,7 @@ def write_checkpoint(
     """
     metadata = {"version": _VERSION, "run": identity, "done": str(done), **(state or {})}
     try:
-        write_atomically(path, save(dict(tensors), metadata))
+        write_safetensors(path, tensors, metadata)
     except OSError as error:
         raise OSError(
             f"{path}: the checkpoint of step {done} cannot be written ({error.strerror}); the one before, if any, is "

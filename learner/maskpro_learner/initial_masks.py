@@ -17,6 +17,7 @@ from maskpro_kernels import NMPattern
 from maskpro_kernels.packing import magnitude_mask, top_n_mask
 from maskpro_learner.layers import select_layers
 from maskpro_learner.mask_search import swap_search
+from maskpro_learner.packed_masks import PackedMasks
 from maskpro_learner.sequential import BlockRunner, InputStatistics
 from maskpro_learner.sparsegpt import sparsegpt
 
@@ -46,7 +47,7 @@ def random_mask(shape: tuple[int, int], pattern: NMPattern, generator: torch.Gen
 class InitialMasks:
     """Masks by parameter name, in forward order, and the layers that stay dense with the reason."""
 
-    masks: dict[str, Tensor]
+    masks: PackedMasks
     dense: dict[str, str]
 
 
@@ -95,11 +96,11 @@ def initial_masks(
         raise ValueError(f"{method} needs calibration tokens")
     runner = BlockRunner(model, layers.blocks, tokens, batch=batch) if needs_inputs and tokens is not None else None
     generator = torch.Generator().manual_seed(seed)
-    masks: dict[str, Tensor] = {}
+    masks = PackedMasks()
     for index, block in enumerate(layers.blocks):
         statistics = runner.statistics(index, with_gram=method in _GRAM_METHODS) if runner else {}
         for name, linear in block.linears.items():
-            masks[f"{name}.weight"] = _prune(linear, statistics.get(name), pattern, method, refit, generator).cpu()
+            masks[f"{name}.weight"] = _prune(linear, statistics.get(name), pattern, method, refit, generator)
             advance(1)
         if runner:
             runner.advance(index)

@@ -23,6 +23,7 @@ from maskpro_kernels.packing import check_mask, top_n_mask
 from maskpro_learner.errors import LearnerError
 from maskpro_learner.initial_masks import InitialMasks
 from maskpro_learner.layers import PrunableLayers, select_layers
+from maskpro_learner.packed_masks import PackedMasks
 
 SOURCES = "a mask file, MaskLLM's .npz, or a folder with a pruned checkpoint"
 _PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".npy")
@@ -61,7 +62,7 @@ def masks_from_path(
         raise LearnerError(f"{path}: expected {SOURCES}; {path.suffix} files can hold code and are never loaded")
     else:
         masks = _masks_from_file(path, layers, pattern)
-    return InitialMasks(masks, layers.dense)
+    return InitialMasks(PackedMasks(masks), layers.dense)
 
 
 def _shapes(layers: PrunableLayers) -> dict[str, tuple[int, int]]:

@@ -17,6 +17,7 @@ from maskpro_kernels.packing import top_n_mask
 from maskpro_kernels.policy_step import policy_step
 from maskpro_learner.distributed import ALONE, World
 from maskpro_learner.errors import LearnerError
+from maskpro_learner.packed_masks import PackedMasks
 
 
 def token_losses(model: nn.Module, blocks: Tensor) -> Tensor:
@@ -125,9 +126,12 @@ class MaskedModel:
             found[name] = gain.div_(-(gain.norm() / gain.numel() ** 0.5).clamp_min(1e-30))
         return found
 
-    def masks(self) -> dict[str, Tensor]:
-        """The most likely mask of every linear, by parameter name, on the CPU; ties go to the lower column."""
-        return {f"{name}.weight": top_n_mask(logits, self.pattern).cpu() for name, logits in self.logits.items()}
+    def masks(self) -> PackedMasks:
+        """The most likely mask of every linear, by parameter name; ties go to the lower column."""
+        masks = PackedMasks()
+        for name, logits in self.logits.items():
+            masks[f"{name}.weight"] = top_n_mask(logits, self.pattern)
+        return masks
 
     def restore(self) -> None:
         """Gives the linears their dense weights back."""

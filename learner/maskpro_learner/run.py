@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from maskpro_learner.config import LearnConfig
 from maskpro_learner.distributed import ALONE, World
 from maskpro_learner.learning_log import LearningLog, draw_curve, read_log
+from maskpro_learner.packed_masks import PackedMasks
 from maskpro_learner.trainer import Step, learn_masks
 
 
@@ -91,9 +92,9 @@ class _RunProgress(Progress):
 
 
 def run_learning(
-    model: PreTrainedModel, tokens: Tensor, masks: dict[str, Tensor], config: LearnConfig, files: RunFiles,
+    model: PreTrainedModel, tokens: Tensor, masks: PackedMasks, config: LearnConfig, files: RunFiles,
     *, checkpoint_seconds: float, world: World = ALONE,
-) -> tuple[dict[str, Tensor], list[Step]]:  # fmt: skip
+) -> tuple[PackedMasks, list[Step]]:  # fmt: skip
     """:func:`learn_masks` with everything a long run needs; the first process of the world draws and writes.
 
     Returns:

@@ -30,6 +30,7 @@ from maskpro_learner.evaluate import summed_loss
 from maskpro_learner.layers import select_layers
 from maskpro_learner.margins import margin_logits
 from maskpro_learner.masked_model import MaskedModel, constant_logits, masked, token_losses
+from maskpro_learner.packed_masks import PackedMasks
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def learn_masks(
     checkpoint_seconds: float = 600.0,
     stop: Callable[[], bool] = lambda: False,
     world: World = ALONE,
-) -> dict[str, Tensor]:
+) -> PackedMasks:
     """Learns from initial masks, and leaves the model's weights as they were.
 
     Args:
@@ -81,7 +82,7 @@ def learn_masks(
             writes the checkpoint, and its masks count.
 
     Returns:
-        The most likely masks, by parameter name, on the CPU.
+        The most likely masks, by parameter name.
 
     Raises:
         LearnerError: masks of other layers, a loss that is not finite, or a checkpoint of another run.
@@ -100,7 +101,7 @@ def learn_masks(
     if unknown:
         raise LearnerError(f"initial mask: {unknown[0]}: the model has no such prunable layer")
     learning = {name: linear for name, linear in linears.items() if f"{name}.weight" in masks}
-    masks = {name: world.from_first(mask) for name, mask in masks.items()}
+    masks = PackedMasks((name, world.from_first(mask)) for name, mask in masks.items())
     scale = config.settings().initial_logit
     resumed = world.largest(int(checkpoint is not None and world.is_first and checkpoint.exists())) > 0
     if config.start == "margin" and not resumed:  # a checkpoint brings its logits
