@@ -11,8 +11,9 @@
 // For many tokens it is that of out * in * tokens FMAs: the CPU has no sparse multiply, so a weight is
 // expanded once per some hundred tokens and the limit is a dense float32 GEMM.
 //
-// Structure: nm_linear_impl.h cuts the work into blocks and threads, nm_linear_tile.h is the inner loop,
-// vector_<isa>.h the instructions, nm_linear_<isa>.cpp the instantiation under that ISA's flags.
+// Structure: nm_linear_few.h and nm_linear_many.h cut the work into blocks and threads for few and for many tokens,
+// packed_rows.h expands weights, vector_<isa>.h has the instructions, nm_linear_<isa>.cpp is the instantiation under
+// that ISA's flags.
 #include "nm_linear.h"
 
 #include "isa.h"

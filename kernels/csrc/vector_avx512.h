@@ -20,7 +20,8 @@ struct Avx512 {
   static constexpr int kLanes = 16;
   static constexpr int kStepVectors = 2;
   static constexpr int kTileTokens = 6;     // 6 tokens x 4 rows = 24 of 32 registers hold sums
-  static constexpr int kDirectTokens = 18;  // measured: beyond this a panel is faster
+  static constexpr int kDirectTokens = 18;  // measured: beyond this it is faster to expand a weight once
+  static constexpr int kOuterRows = 12;     // 12 rows x 2 vectors of tokens = 24 of 32 registers hold sums
 
   // Whether the lanes of a step of bfloat16 weights are its even columns, then its odd ones.
   static constexpr bool kEvenOddBF16 = true;
@@ -49,6 +50,7 @@ struct Avx512 {
   static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
   static Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 
+  static Vec broadcast(const float* p) { return _mm512_set1_ps(*p); }
   static Vec load(const float* p) { return _mm512_loadu_ps(p); }
   static Vec load(const BF16* p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load256(p)), 16));
@@ -79,7 +81,7 @@ struct Avx512 {
   }
 
   template <bool kRegular, class Weight>
-  static void expand(const Weight* p, uint32_t bits, Vec (&w)[kStepVectors]) {
+  static void expand(const Weight* p, uint32_t bits, int64_t, Vec (&w)[kStepVectors]) {
     if constexpr (sizeof(Weight) == 4) {
       w[0] = _mm512_maskz_expand_ps(static_cast<__mmask16>(bits), load(p));
       w[1] = _mm512_maskz_expand_ps(static_cast<__mmask16>(bits >> 16), load(p + count(bits & 0xffff)));

@@ -14,7 +14,8 @@ struct Portable {
   static constexpr int kLanes = 4;
   static constexpr int kStepVectors = 1;
   static constexpr int kTileTokens = 2;    // 2 tokens x 4 rows = 8 of 16 registers hold sums
-  static constexpr int kDirectTokens = 2;  // measured: beyond this a panel is faster
+  static constexpr int kDirectTokens = 2;  // measured: beyond this it is faster to expand a weight once
+  static constexpr int kOuterRows = 6;     // 6 rows x 2 vectors of tokens = 12 of 16 registers hold sums
 
   // Whether every nibble of bitmask keeps the same number of weights.
   static bool regular(int32_t, int32_t m) { return m == kLanes; }
@@ -33,6 +34,7 @@ struct Portable {
   static Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
   static Vec add(Vec a, Vec b) { return a + b; }
 
+  static Vec broadcast(const float* p) { return Vec{*p, *p, *p, *p}; }
   template <class Element>
   static Vec load(const Element* p) {
     return Vec{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
@@ -49,7 +51,7 @@ struct Portable {
 
   // No branch and no select: the bits are as good as random to a branch predictor.
   template <bool kRegular, class Weight>
-  static void expand(const Weight* p, uint32_t bits, Vec (&w)[kStepVectors]) {
+  static void expand(const Weight* p, uint32_t bits, int64_t, Vec (&w)[kStepVectors]) {
     const uint32_t rank1 = bits & 1;
     const uint32_t rank2 = rank1 + (bits >> 1 & 1);
     const uint32_t rank3 = rank2 + (bits >> 2 & 1);
@@ -63,7 +65,7 @@ struct Portable {
   static void expand_exact(const Weight* p, uint32_t bits, Vec (&w)[kStepVectors]) {
     Weight values[kLanes] = {};
     memcpy(values, p, static_cast<size_t>(count(bits)) * sizeof(Weight));
-    expand<false>(values, bits, w);
+    expand<false>(values, bits, 0, w);
   }
 
   static int count(uint32_t bits) {
