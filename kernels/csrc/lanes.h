@@ -32,6 +32,20 @@ typedef uint64_t Pairs __attribute__((vector_size(4 * kLanes)));  // lanes 2i an
 [[gnu::always_inline]] inline Floats splat(float x) { return x - Floats{}; }
 [[gnu::always_inline]] inline Floats max(Floats a, Floats b) { return a > b ? a : b; }
 
+// a where the mask is -1, b where it is 0.
+[[gnu::always_inline]] inline Floats select(Ints mask, Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_mask_blend_ps(_mm512_movepi32_mask((__m512i)mask), (__m512)b, (__m512)a);
+#elif defined(__AVX2__)
+  return (Floats)_mm256_blendv_ps((__m256)b, (__m256)a, (__m256)mask);
+#else
+  return (Floats)(((Ints)a & mask) | ((Ints)b & ~mask));
+#endif
+}
+[[gnu::always_inline]] inline Ints select(Ints mask, Ints a, Ints b) {
+  return (Ints)select(mask, (Floats)a, (Floats)b);
+}
+
 [[gnu::always_inline]] inline Floats fma(Floats a, Floats b, Floats c) {
 #if defined(__AVX512F__)
   return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -76,6 +90,29 @@ template <class Vec>
     for (int i = 0; i < m; ++i) v[i] = spare[i];
   }
 }
+
+// For rows of four elements, four vectors of them to one vector per column, and back: the same shuffles do both. Shuffles
+// inside 128 bits are the cheap ones, so the rows end up in an order of their own: row_of_lane().
+template <class Vec>
+[[gnu::always_inline]] inline void transpose_fours(Vec (&v)[4]) {
+  Ints low, high, low_pairs, high_pairs;
+  for (int i = 0; i < kLanes; ++i) {
+    const int part = i / 4 * 4, place = i % 4;
+    low[i] = part + place / 2 + place % 2 * kLanes;
+    high[i] = low[i] + 2;
+    low_pairs[i] = part + place % 2 + place / 2 * kLanes;
+    high_pairs[i] = low_pairs[i] + 2;
+  }
+  const Vec a = __builtin_shuffle(v[0], v[1], low), b = __builtin_shuffle(v[0], v[1], high);
+  const Vec c = __builtin_shuffle(v[2], v[3], low), d = __builtin_shuffle(v[2], v[3], high);
+  v[0] = __builtin_shuffle(a, c, low_pairs);
+  v[1] = __builtin_shuffle(a, c, high_pairs);
+  v[2] = __builtin_shuffle(b, d, low_pairs);
+  v[3] = __builtin_shuffle(b, d, high_pairs);
+}
+
+// The row that a lane holds after transpose_fours().
+inline int row_of_lane(int lane) { return lane % 4 * (kLanes / 4) + lane / 4; }
 
 // e^x for x <= 0, to 2 units in the last place; from -87 down it stays at 2^-126 or so.
 [[gnu::always_inline]] inline Floats exp_nonpositive(Floats x) {
@@ -128,9 +165,19 @@ template <class Vec>
 [[gnu::always_inline]] inline void multiply_wide(Words a, uint32_t b, Words* low, Words* high) {
   const Pairs even = multiply_even((Pairs)a, b);
   const Pairs odd = multiply_even((Pairs)a >> 32, b);
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  *low = (Words)_mm256_blend_epi32((__m256i)even, (__m256i)(odd << 32), 0xaa);
+  *high = (Words)_mm256_blend_epi32((__m256i)(even >> 32), (__m256i)odd, 0xaa);
+#else
   constexpr uint64_t kLower = 0xffffffffu;
   *low = (Words)((even & kLower) | odd << 32);
   *high = (Words)(even >> 32 | (odd & ~kLower));
+#endif
+}
+
+// The middles of 2^23 intervals: exact in float32, neither 0 nor 1.
+[[gnu::always_inline]] inline Floats uniform(Words words) {
+  return (__builtin_convertvector((Ints)(words >> 9), Floats) + 0.5f) * 0x1p-23f;
 }
 
 // Philox 4x32-10 (Salmon et al., SC 2011): four random words from a counter and a key.

@@ -1,14 +1,15 @@
-// One step of learning masks, as many groups at a time as a vector has lanes:
+// One step of learning masks, as many groups at a time as a vector has lanes, or for 2:4, thirty-two:
 //
 //   logits += sum over the updates of  coefficient * d log P(mask of that draw | logits) / d logits
 //             (with gains: times what that draw's mask of the group gains over the others')
 //   masked  = weight where the mask of next_draw keeps it, else 0
 //
-// No mask is stored: draw d of group g is the n largest of  logit + Gumbel noise,  whose noise is Philox at the
-// counter (g, stream, d). The mask of an earlier draw is drawn again from the logits it was drawn from, which
-// have not changed since. The formulas are those of learner/maskpro_learner/policy.py.
+// No mask is stored: draw d of group g is a function of the logits and of Philox at a counter made of g, the stream and
+// d. The mask of an earlier draw is drawn again from the logits it was drawn from, which have not changed since. Two of
+// four are drawn by one random number (pair_of_four.h); all other patterns keep the n largest of  logit + Gumbel noise.
+// The formulas are those of learner/maskpro_learner/policy.py.
 //
-// Roofline: 8 bytes of logit and twice the weight's own per weight, some 12 bytes; the arithmetic, about a hundred
+// Roofline: 8 bytes of logit and twice the weight's own per weight, some 12 bytes; the arithmetic, about fifteen
 // operations for a weight of 2:4 and one update, is what takes the time.
 #ifndef MASKPRO_POLICY_STEP_IMPL_H_
 #define MASKPRO_POLICY_STEP_IMPL_H_
@@ -18,6 +19,7 @@
 
 #include "lanes.h"
 #include "maskpro_kernels.h"
+#include "pair_of_four.h"
 #include "policy_step.h"
 #include "scratch.h"
 
@@ -25,6 +27,11 @@ namespace maskpro {
 namespace {
 
 constexpr int kMaxGroup = 16;
+
+// Groups of 2:4 at a time, which share counters: group b of them has word b / 8 of counter b % 8, so that a word of a
+// vector's lanes is for neighbours. And the vectors they are in.
+constexpr int kSharing = 32;
+constexpr int kBatch = kSharing / kLanes;
 
 // A group size and count known at compile time, or (0, 0) for any.
 template <int kN, int kM>
@@ -34,10 +41,13 @@ class PolicyLanes {
       : call_(call),
         log_f_(reinterpret_cast<Floats*>(tables)),
         log_g_(log_f_ + (int64_t{1} << n())),
-        log_rest_(log_g_ + (int64_t{1} << n())) {}
+        log_rest_(log_g_ + (int64_t{1} << n())),
+        words_(reinterpret_cast<Words*>(tables)) {}
 
   // Vectors of tables that a thread needs.
-  static int64_t table_vectors(int32_t n) { return 3 * (int64_t{1} << n); }
+  static int64_t table_vectors(const PolicyStep& call) {
+    return kIsPairOfFour ? 4 * (int64_t{call.updates} + 1) : 3 * (int64_t{1} << call.n);
+  }
 
   // Masks written so far that are not a most likely one.
   int64_t flips() const {
@@ -46,17 +56,20 @@ class PolicyLanes {
     return sum;
   }
 
-  // Groups [group, group + kLanes), of which `count` exist; the others go through a buffer of zeros.
+  // Groups at a time.
+  static constexpr int kWidth = kN == 2 && kM == 4 ? kSharing : kLanes;
+
+  // Groups [group, group + kWidth), of which `count` exist; the others go through a buffer of zeros.
   void run(int64_t group, int64_t count) {
     float* logits = call_.logits + group * m();
     const char* weight = static_cast<const char*>(call_.weight) + group * m() * call_.weight_bytes;
     char* masked = static_cast<char*>(call_.masked) + group * m() * call_.weight_bytes;
     const float* gains = call_.gains + group * m();
-    if (count == kLanes) return run_whole(group, count, logits, gains, weight, masked);
-    float some_gains[kLanes * kMaxGroup] = {};
-    float some_logits[kLanes * kMaxGroup] = {};
-    char some_weight[4 * kLanes * kMaxGroup] = {};
-    char some_masked[4 * kLanes * kMaxGroup];
+    if (count == kWidth) return run_whole(group, count, logits, gains, weight, masked);
+    float some_gains[kWidth * kMaxGroup] = {};
+    float some_logits[kWidth * kMaxGroup] = {};
+    char some_weight[4 * kWidth * kMaxGroup] = {};
+    char some_masked[4 * kWidth * kMaxGroup];
     const size_t elements = static_cast<size_t>(count * m());
     const size_t bytes = elements * static_cast<size_t>(call_.weight_bytes);
     memcpy(some_logits, logits, elements * sizeof(float));
@@ -68,10 +81,13 @@ class PolicyLanes {
   }
 
  private:
+  static constexpr bool kIsPairOfFour = kN == 2 && kM == 4;
+
   int n() const { return kN ? kN : call_.n; }
   int m() const { return kM ? kM : call_.m; }
 
   void run_whole(int64_t group, int64_t count, float* logits, const float* gains, const char* weight, char* masked) {
+    if constexpr (kIsPairOfFour) return run_pairs(group, count, logits, gains, weight, masked);
     Floats spare[kMaxGroup];
     memcpy(logits_, logits, sizeof(Floats) * static_cast<size_t>(m()));
     rows_to_columns(logits_, spare, m());
@@ -92,21 +108,128 @@ class PolicyLanes {
           add_score(coefficient, change);
         }
       }
-      Floats rows[kMaxGroup];
-      for (int j = 0; j < m(); ++j) {
-        logits_[j] += change[j];
-        rows[j] = logits_[j];
-      }
-      columns_to_rows(rows, spare, m());
-      memcpy(logits, rows, sizeof(Floats) * static_cast<size_t>(m()));
+      add_and_store(change, logits);
     }
     if (call_.masked == nullptr) return;
     draw(group, call_.next_draw);
     count_flips(count);
+    Ints rows[kMaxGroup], spare_rows[kMaxGroup];
+    for (int j = 0; j < m(); ++j) rows[j] = kept_[j];
+    columns_to_rows(rows, spare_rows, m());
+    store_masked(rows, weight, masked);
+  }
+
+  // run_whole() for 2:4.
+  void run_pairs(int64_t group, int64_t count, float* logits, const float* gains, const char* weight, char* masked) {
+    draw_words(group);
+    Floats columns[kBatch][4];
+    for (int v = 0; v < kBatch; ++v) load_columns(logits + v * 4 * kLanes, columns[v]);
+    PairOfFour pairs[kBatch];
+    if (call_.updates > 0) {
+      prepare(columns, pairs);
+      Floats change[kBatch][4] = {};
+      if (call_.gains == nullptr) {
+        for (int32_t i = 0; i < call_.updates; ++i) {
+          Ints kept[kBatch][4];
+          for (int v = 0; v < kBatch; ++v) pairs[v].draw(words_[kBatch * i + v], kept[v]);
+          const Floats coefficient = splat(call_.coefficients[i]);
+          for (int v = 0; v < kBatch; ++v) pairs[v].add_score(kept[v], coefficient, change[v]);
+        }
+      } else {
+        for (int v = 0; v < kBatch; ++v) add_scores_by_gain(pairs[v], v, gains + v * 4 * kLanes, change[v]);
+      }
+      for (int v = 0; v < kBatch; ++v) {
+        pairs[v].unsort(change[v]);
+        for (int j = 0; j < 4; ++j) columns[v][j] += change[v][j];
+        Floats rows[4];
+        for (int j = 0; j < 4; ++j) rows[j] = columns[v][j];
+        transpose_fours(rows);
+        memcpy(logits + v * 4 * kLanes, rows, sizeof rows);
+      }
+    }
+    if (call_.masked == nullptr) return;
+    prepare(columns, pairs);
+    for (int v = 0; v < kBatch; ++v) {
+      Ints kept[4], lane_row;
+      pairs[v].draw(words_[kBatch * call_.updates + v], kept);
+      for (int lane = 0; lane < kLanes; ++lane) lane_row[lane] = row_of_lane(lane);
+      flips_ -= pairs[v].flipped(kept) & (Ints)(lane_row < static_cast<int32_t>(count - v * kLanes));
+      pairs[v].unsort(kept);
+      transpose_fours(kept);
+      const int64_t bytes = v * 4 * kLanes * call_.weight_bytes;
+      store_masked(kept, weight + bytes, masked + bytes);
+    }
+  }
+
+  static void prepare(const Floats (&columns)[kBatch][4], PairOfFour (&pairs)[kBatch]) {
+    for (int v = 0; v < kBatch; ++v) pairs[v].sort_logits(columns[v]);
+    for (int v = 0; v < kBatch; ++v) pairs[v].exponentials();
+    for (int v = 0; v < kBatch; ++v) pairs[v].probabilities();
+  }
+
+  static void load_columns(const float* rows, Floats (&columns)[4]) {
+    memcpy(columns, rows, sizeof columns);
+    transpose_fours(columns);
+  }
+
+  // One word for each group of a batch and each draw, the next one last; lanes as transpose_fours() leaves them.
+  void draw_words(int64_t group) {
+    Words row;
+    for (int lane = 0; lane < kLanes; ++lane) row[lane] = static_cast<uint32_t>(row_of_lane(lane));
+    for (int32_t i = 0; i <= call_.updates; ++i) {
+      const uint64_t number = i < call_.updates ? call_.draws[i] : call_.next_draw;
+      for (int first = 0; first < 8; first += kLanes) {
+        const Words counter = (row & 7u) + static_cast<uint32_t>(group / 4 + first);
+        Words words[4] = {counter, Words{} + (call_.stream << 2), Words{} + static_cast<uint32_t>(number),
+                          Words{} + static_cast<uint32_t>(number >> 32)};
+        philox(words, call_.seed);
+        for (int k = 0; k < 4; ++k) {
+          const Ints here = (Ints)((row & ~7u) == static_cast<uint32_t>(8 * k % kLanes));  // all lanes, up to eight
+          Words& to = words_[kBatch * i + (8 * k + first) / kLanes];
+          to = (Words)select(here, (Ints)words[k], (Ints)to);
+        }
+      }
+    }
+  }
+
+  // Each draw's score, times its coefficient and what it gains over the other draws' mean; of vector v of a batch.
+  void add_scores_by_gain(const PairOfFour& pair, int v, const float* gains, Floats (&change)[4]) {
+    Floats gain[4];
+    load_columns(gains, gain);
+    pair.sort(gain);
+    Floats total = {};
+    for (int32_t i = 0; i < call_.updates; ++i) {
+      Ints kept[4];
+      pair.draw(words_[kBatch * i + v], kept);
+      advantage_[i] = Floats{};
+      for (int j = 0; j < 4; ++j) advantage_[i] += select(kept[j], gain[j], Floats{});
+      total += advantage_[i];
+    }
+    const float others = static_cast<float>(call_.updates - 1);
+    for (int32_t i = 0; i < call_.updates; ++i) {
+      Ints kept[4];
+      pair.draw(words_[kBatch * i + v], kept);
+      const Floats advantage = advantage_[i] - (total - advantage_[i]) / others;
+      pair.add_score(kept, splat(call_.coefficients[i]) * advantage, change);
+    }
+  }
+
+  void add_and_store(const Floats* change, float* logits) {
+    Floats rows[kMaxGroup], spare[kMaxGroup];
+    for (int j = 0; j < m(); ++j) {
+      logits_[j] += change[j];
+      rows[j] = logits_[j];
+    }
+    columns_to_rows(rows, spare, m());
+    memcpy(logits, rows, sizeof(Floats) * static_cast<size_t>(m()));
+  }
+
+  // Weights under masks that are in their order.
+  void store_masked(const Ints* rows, const char* weight, char* masked) const {
     if (call_.weight_bytes == 2) {
-      store_masked<Shorts>(weight, masked);
+      store_masked_as<Shorts>(rows, weight, masked);
     } else {
-      store_masked<Ints>(weight, masked);
+      store_masked_as<Ints>(rows, weight, masked);
     }
   }
 
@@ -143,10 +266,7 @@ class PolicyLanes {
   }
 
   template <class Weights>
-  void store_masked(const char* weight, char* masked) const {
-    Ints rows[kMaxGroup], spare[kMaxGroup];
-    for (int j = 0; j < m(); ++j) rows[j] = kept_[j];
-    columns_to_rows(rows, spare, m());
+  void store_masked_as(const Ints* rows, const char* weight, char* masked) const {
     for (int j = 0; j < m(); ++j) {
       Weights w;
       memcpy(&w, weight + static_cast<size_t>(j) * sizeof w, sizeof w);
@@ -166,9 +286,7 @@ class PolicyLanes {
                         Words{} + static_cast<uint32_t>(number >> 32)};
       philox(words, call_.seed);
       for (int j = 0; j < 4; ++j) {
-        // The middles of 2^23 intervals: exact in float32, neither 0 nor 1.
-        const Floats uniform = (__builtin_convertvector((Ints)(words[j] >> 9), Floats) + 0.5f) * 0x1p-23f;
-        const Floats exponential = -log_positive(uniform);
+        const Floats exponential = -log_positive(uniform(words[j]));
         key[first + j] = logits_[first + j] - log_positive(exponential);
       }
     }
@@ -331,6 +449,7 @@ class PolicyLanes {
   Floats* log_f_;
   Floats* log_g_;
   Floats* log_rest_;
+  Words* words_;  // [draw][vector]
   Floats logits_[kMaxGroup];
   Ints kept_[kMaxGroup];
   Ints flips_ = {};
@@ -340,8 +459,9 @@ class PolicyLanes {
 
 template <int kN, int kM>
 int32_t run_pattern(const PolicyStep& call) {
-  const int64_t blocks = (call.groups + kLanes - 1) / kLanes;
-  const int64_t table_floats = PolicyLanes<kN, kM>::table_vectors(call.n) * kLanes;
+  constexpr int64_t kWidth = PolicyLanes<kN, kM>::kWidth;
+  const int64_t blocks = (call.groups + kWidth - 1) / kWidth;
+  const int64_t table_floats = PolicyLanes<kN, kM>::table_vectors(call) * kLanes;
   float* tables = thread_scratch(table_floats * call.threads);
   if (tables == nullptr) return MASKPRO_NO_MEMORY;
 #pragma omp parallel num_threads(call.threads)
@@ -350,9 +470,9 @@ int32_t run_pattern(const PolicyStep& call) {
     const int64_t thread = omp_get_thread_num();
     PolicyLanes<kN, kM> lanes(call, tables + thread * table_floats);
     for (int64_t block = blocks * thread / threads; block < blocks * (thread + 1) / threads; ++block) {
-      const int64_t group = block * kLanes;
+      const int64_t group = block * kWidth;
       const int64_t rest = call.groups - group;
-      lanes.run(group, rest < kLanes ? rest : kLanes);
+      lanes.run(group, rest < kWidth ? rest : kWidth);
     }
     if (call.flips != nullptr) {
 #pragma omp atomic

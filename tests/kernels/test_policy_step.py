@@ -64,6 +64,27 @@ def test_draws_are_gumbel_top_n_of_philox(isa):
 
 
 @pytest.mark.parametrize("isa", ISAS)
+def test_two_of_four_are_drawn_by_one_word_from_the_masks_probabilities(isa):
+    if isa not in _cpu.available_isas():
+        pytest.skip(f"this machine has no {isa}")
+    seed, stream, draw = 0x123456789ABCDEF0, 77, (5 << 32) + 9
+    logits = 2 * torch.randn((4, 400), generator=torch.Generator().manual_seed(0))
+    _, mask = run(logits, NMPattern(2, 4), isa=isa, draw=draw, seed=seed, stream=stream)
+    for group, (row, found) in enumerate(zip(logits.double().reshape(-1, 4), mask.reshape(-1, 4), strict=True)):
+        counter = (group // 32 * 8 + group % 8, stream << 2, draw & 0xFFFFFFFF, draw >> 32)
+        word = philox(counter, seed)[group % 32 // 8]
+        uniform = ((word >> 9) + 0.5) * 2.0**-23
+        order = row.argsort(descending=True).tolist()
+        pairs = [(order[a], order[b]) for a, b in ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))]
+        masks = torch.zeros(6, 4, dtype=torch.bool)
+        for state, pair in enumerate(pairs):
+            masks[state, list(pair)] = True
+        below = log_prob(row.expand(6, 4), masks).exp().cumsum(0)
+        assert float((below - uniform).abs().min()) > 1e-6  # so that rounding cannot choose another one
+        assert torch.equal(found, masks[int((below < uniform).sum())])
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @given(
     pattern=PATTERNS,
     shape=st.tuples(st.integers(1, 7), st.integers(1, 40)),
@@ -186,6 +207,28 @@ def test_extreme_logits_stay_finite(value):
         logits[0, 1 :: pattern.m] = -value
         updated, _ = run(logits, pattern, isa=_cpu.available_isas()[0], updates=[(1.0, 0)])
         assert bool(torch.isfinite(updated).all())
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(
+    ("row", "second"),
+    [
+        ([100.0, -90.0, -100.0, -100.0], [0.0, 1.0, 4.5e-5, 4.5e-5]),
+        ([-100.0, 100.0, -100.0, -100.0], [1 / 3, 0.0, 1 / 3, 1 / 3]),
+        ([100.0, 100.0, 100.0, -100.0], [2 / 3, 2 / 3, 2 / 3, 0.0]),
+    ],
+    ids=str,
+)
+def test_the_second_of_two_is_right_however_far_the_first_is_ahead(isa, row, second):
+    if isa not in _cpu.available_isas():
+        pytest.skip(f"this machine has no {isa}")
+    groups = 4000
+    _, mask = run(torch.tensor(row).repeat(1, groups), NMPattern(2, 4), isa=isa, draw=3)
+    found = mask.reshape(groups, 4).double().mean(0)
+    expected = torch.tensor(second, dtype=torch.float64)
+    expected[expected == 0] = (torch.tensor(row) == 100.0).double()[expected == 0]  # certain: the first
+    deviation = (expected * (1 - expected) / groups).sqrt()
+    assert bool(((found - expected).abs() <= 5 * deviation + 1 / groups).all()), found
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,10 @@
 """The learning step on a GPU: what csrc/policy_step_impl.h does, one program for a block of groups.
 
-**The same draws.** Words come from the same Philox counters and key as in C++, and a key (logit + Gumbel noise) from
-the same float32 operations in the same order, each of which rounds as IEEE 754 says: products that are summed are
-written as fma, the division is the exact one. So equal logits give bit-identical masks on both; the tests hold the
-interpreter to that. Updates agree to rounding only: a GPU's exponential is not the C++ one.
+**The same draws.** Words come from the same Philox counters and key as in C++, and what they are compared with (logit +
+Gumbel noise; for 2:4, the masks' probabilities) from the same float32 operations in the same order, each of which
+rounds as IEEE 754 says: products that are summed are written as fma, the division is the exact one. So equal logits
+give bit-identical masks on both; the tests hold the interpreter to that. Updates agree to rounding only: a GPU's
+exponential is not the C++ one.
 
 **Scores.** One and two kept weights have closed forms. For more, the C++ sums over the 2^n subsets of the kept ones,
 which a GPU has no registers for. The mask is kept if the largest noisy logit of the dropped columns stays below all
@@ -17,7 +18,7 @@ appendix B). In log t the integrand is analytic and falls off at both ends, so t
 exponentially: 63 to 125 points are exact to 2e-8, a float32's own rounding, for every n and logits of +-100.
 
 Roofline: as in C++, 8 bytes of logit and twice the weight's own per weight: 12 for bfloat16, 0.28 T weights/s on an
-H100. Philox, noise and the pair's closed form are about 130 instructions a weight of 2:4, close to the same limit.
+H100. Philox and the pair's closed form are some 60 instructions a weight of 2:4.
 """
 
 # ruff: noqa: N803  (compile-time constants are in capitals, as everywhere in Triton)
@@ -58,6 +59,27 @@ def _log(x):
 
 
 @triton.jit
+def _exp(x):
+    """exp_nonpositive() of csrc/lanes.h, to the bit: e^x for x <= 0, 2^-126 or so from -87 down."""
+    x = tl.maximum(x, -87.0)
+    magic = tl.full(x.shape, 12582912.0, tl.float32)
+    shifted = tl.fma(x, tl.full(x.shape, 1.44269504, tl.float32), magic)
+    whole = shifted - magic
+    r = tl.fma(whole, tl.full(x.shape, -0.693148613, tl.float32), x)
+    r = tl.fma(whole, tl.full(x.shape, 1.42860677e-6, tl.float32), r)
+    p = tl.full(x.shape, 1.0 / 5040, tl.float32)
+    p = tl.fma(p, r, tl.full(x.shape, 1.0 / 720, tl.float32))
+    p = tl.fma(p, r, tl.full(x.shape, 1.0 / 120, tl.float32))
+    p = tl.fma(p, r, tl.full(x.shape, 1.0 / 24, tl.float32))
+    p = tl.fma(p, r, tl.full(x.shape, 1.0 / 6, tl.float32))
+    p = tl.fma(p, r, tl.full(x.shape, 0.5, tl.float32))
+    p = tl.fma(p, r, tl.full(x.shape, 1.0, tl.float32))
+    p = tl.fma(p, r, tl.full(x.shape, 1.0, tl.float32))
+    power = shifted.to(tl.int32, bitcast=True) - magic.to(tl.int32, bitcast=True)
+    return p * ((power + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _one_minus_exp(x):
     """1 - e^-x for x >= 0, to a few units in the last place however small x is."""
     s = tl.minimum(x, 0.35)
@@ -72,12 +94,78 @@ def _multiply(a, b):
 
 
 @triton.jit
+def _uniform(words):
+    """The middles of 2^23 intervals: exact in float32, neither 0 nor 1."""
+    return ((words >> 9).to(tl.int32).to(tl.float32) + 0.5) * (1.0 / 8388608)
+
+
+@triton.jit
+def _exchange(swap, a, b):
+    return tl.where(swap, b, a), tl.where(swap, a, b)
+
+
+@triton.jit
+def _draw_pair(values, group, seed, stream, number, ROWS: tl.constexpr):
+    """_draw() for 2:4: csrc/pair_of_four.h, which says why."""
+    l02, l13 = tl.split(tl.reshape(values, [ROWS, 2, 2]))
+    l0, l2 = tl.split(l02)
+    l1, l3 = tl.split(l13)
+    swap0 = l1 > l0
+    l0, l1 = _exchange(swap0, l0, l1)
+    swap1 = l3 > l2
+    l2, l3 = _exchange(swap1, l2, l3)
+    swap2 = l2 > l0
+    l0, l2 = _exchange(swap2, l0, l2)
+    swap3 = l3 > l1
+    l1, l3 = _exchange(swap3, l1, l3)
+    swap4 = l2 > l1
+    l1, l2 = _exchange(swap4, l1, l2)
+    t, f2, f3 = _exp(l1 - l0), _exp(l2 - l1), _exp(l3 - l1)
+    one = tl.full(t.shape, 1.0, tl.float32)
+    f = (1.0 + f2) + f3
+    r1, r2, r3 = tl.fma(t, f2 + f3, one), tl.fma(t, 1.0 + f3, one), tl.fma(t, 1.0 + f2, one)
+    product01, product23 = f * r1, r2 * r3
+    reciprocal = tl.div_rn(one, product01 * product23)
+    half01, half23 = reciprocal * product23, reciprocal * product01
+    inverse_f = half01 * r1
+    g1, g2, g3 = t * (half01 * f), (t * f2) * (half23 * r3), (t * f3) * (half23 * r2)
+    sum0 = tl.fma(half01, r1, g1)
+    sum1 = sum0 + tl.fma(f2, inverse_f, g2)
+    sum2 = sum1 + tl.fma(f3, inverse_f, g3)
+    sum3 = tl.fma(t, tl.fma(f2, g1, g2), sum2)
+    sum4 = tl.fma(t, tl.fma(f3, g1, g3), sum3)
+    sum5 = tl.fma(t, tl.fma(f3, g2, f2 * g3), sum4)
+    # Group b of 32 has word b / 8 of counter b % 8.
+    none = tl.zeros([ROWS], tl.uint32)
+    counter = (group >> 5) * 8 + (group & 7)
+    w0, w1, w2, w3 = tl.philox(
+        seed, none + counter.to(tl.uint32), none + (stream << 2).to(tl.uint32),
+        none + number.to(tl.uint32), none + (number >> 32).to(tl.uint32),
+    )  # fmt: skip
+    place = (group >> 3) & 3
+    x = _uniform(tl.where(place < 2, tl.where(place == 0, w0, w1), tl.where(place == 2, w2, w3))) * sum5
+    k0 = x < sum2
+    k1 = (x < sum0) | ((x >= sum2) & (x < sum4))
+    k2 = ((x >= sum0) & (x < sum1)) | ((x >= sum2) & (x < sum3)) | (x >= sum4)
+    k3 = ((x >= sum1) & (x < sum2)) | (x >= sum3)
+    k1, k2 = _exchange(swap4, k1, k2)
+    k1, k3 = _exchange(swap3, k1, k3)
+    k0, k2 = _exchange(swap2, k0, k2)
+    k2, k3 = _exchange(swap1, k2, k3)
+    k0, k1 = _exchange(swap0, k0, k1)
+    kept02, kept13 = tl.join(k0.to(tl.int32), k2.to(tl.int32)), tl.join(k1.to(tl.int32), k3.to(tl.int32))
+    return tl.reshape(tl.join(kept02, kept13), [ROWS, 4]) != 0
+
+
+@triton.jit
 def _draw(values, group, seed, stream, number, N: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr):
     """Boolean [ROWS, M]: the mask of a draw."""
     column = tl.arange(0, M)[None, :]
     kept = tl.zeros([ROWS, M], tl.int32) != 0
     if N == M:
         kept = ~kept
+    elif N == 2 and M == 4:
+        kept = _draw_pair(values, group, seed, stream, number, ROWS)
     else:
         # A counter gives four words, for four columns.
         none = tl.zeros([ROWS, M // 4], tl.uint32)
@@ -87,9 +175,7 @@ def _draw(values, group, seed, stream, number, N: tl.constexpr, M: tl.constexpr,
             none + number.to(tl.uint32), none + (number >> 32).to(tl.uint32),
         )  # fmt: skip
         words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [ROWS, M])
-        # The middles of 2^23 intervals: exact in float32, neither 0 nor 1.
-        uniform = ((words >> 9).to(tl.int32).to(tl.float32) + 0.5) * (1.0 / 8388608)
-        left = values - _log(-_log(uniform))
+        left = values - _log(-_log(_uniform(words)))
         for _ in range(N):
             largest = tl.argmax(left, 1, tie_break_left=True)
             here = column == largest[:, None]
