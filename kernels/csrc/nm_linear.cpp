@@ -11,6 +11,9 @@
 // For many tokens it is that of out * in * tokens FMAs: the CPU has no sparse multiply, so a weight is
 // expanded once per some hundred tokens and the limit is a dense float32 GEMM.
 //
+// A result does not depend on the number of threads, nor on the other tokens of the call but for how many they are: few
+// and many tokens are summed in different orders.
+//
 // Structure: nm_linear_few.h and nm_linear_many.h cut the work into blocks and threads for few and for many tokens,
 // packed_rows.h expands weights, vector_<isa>.h has the instructions, nm_linear_<isa>.cpp is the instantiation under
 // that ISA's flags.

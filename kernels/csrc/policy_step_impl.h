@@ -46,7 +46,7 @@ class PolicyLanes {
 
   // Vectors of tables that a thread needs.
   static int64_t table_vectors(const PolicyStep& call) {
-    return kIsPairOfFour ? 4 * (int64_t{call.updates} + 1) : 3 * (int64_t{1} << call.n);
+    return kIsPairOfFour ? kBatch * (int64_t{call.updates} + 1) : 3 * (int64_t{1} << call.n);
   }
 
   // Masks written so far that are not a most likely one.
@@ -482,7 +482,7 @@ int32_t run_pattern(const PolicyStep& call) {
   return MASKPRO_OK;
 }
 
-// The common patterns unrolled, all others by one loop; both give the same bits.
+// The common patterns unrolled, all others by one loop; both give the same bits, but for 2:4, whose draws are its own.
 inline int32_t run_policy_step(const PolicyStep& call) {
   if (call.m == 4 && call.n == 1) return run_pattern<1, 4>(call);
   if (call.m == 4 && call.n == 2) return run_pattern<2, 4>(call);

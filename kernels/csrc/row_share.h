@@ -12,7 +12,7 @@ struct RowShare {
 };
 
 // Sixteen outputs are a cache line of the narrowest type or two: no false sharing of y. Where that would leave threads
-// without work, sharing is the lesser evil.
+// without work, sharing is the lesser evil. (Isa only keeps the copies of different compiler flags apart.)
 template <class Isa>
 inline RowShare row_share(int64_t out_features, int64_t thread, int64_t threads) {
   const int64_t unit = out_features >= 64 * threads ? 16 : 1;

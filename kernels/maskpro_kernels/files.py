@@ -58,6 +58,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     The library's own writers copy all tensors first and put the metadata in another order every time.
 
     Raises:
+        ValueError: a dtype that none of this project's files holds.
         OSError: as there.
 
     Memory: one copy of a tensor that is not contiguous, or not on the CPU.
@@ -66,6 +67,8 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     end = 0
     for name, tensor in ordered:
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(f"{path}: {name}: expected one of {', '.join(map(str, _DTYPES))}, found {tensor.dtype}")
         begin, end = end, end + tensor.nbytes
         header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()

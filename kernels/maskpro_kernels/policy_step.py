@@ -26,6 +26,9 @@ SUPPORTED_M = (4, 8, 16)
 MAX_GAIN_DRAWS = 16
 """Draws of one group that can be compared by their gains."""
 
+DRAW_VERSION = 2
+"""Which masks a seed draws. Counted up whenever they change: a run cannot go on with other draws."""
+
 
 @torch.no_grad()
 def policy_step(

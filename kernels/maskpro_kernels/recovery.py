@@ -134,7 +134,8 @@ def read_recovery(path: Path, mask: Path | None = None) -> RecoveryFile:
         raise RecoveryFileError(f"{path}: unexpected tensor {min(tensors)}")
     made_with = metadata.get("mask_sha256")
     if mask is not None and made_with is not None:
-        found = hashlib.sha256(mask.read_bytes()).hexdigest()
+        with mask.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
         if made_with != found:
             raise RecoveryFileError(f"{path}: mask_sha256: expected {found}, the one of {mask}, found {made_with}")
     own = {"format", "format_version"}

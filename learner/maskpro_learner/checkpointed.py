@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from maskpro_kernels.files import write_safetensors
 from maskpro_learner.errors import LearnerError
 
-_VERSION = "1"
+_VERSION = "2"
 Found = TypeVar("Found", covariant=True)
 
 
@@ -57,6 +59,14 @@ def run_steps(
         run.save(checkpoint)
 
 
+def digest(*tensors: Tensor) -> str:
+    """A hash of tensors' bytes, for identities."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
 def write_checkpoint(
     path: Path, tensors: Mapping[str, Tensor], *, identity: str, done: int, state: Mapping[str, str] | None = None
 ) -> None:
@@ -95,7 +105,12 @@ def read_checkpoint(path: Path, *, identity: str) -> Iterator[tuple[int, dict[st
     try:
         with safe_open(path, framework="pt") as file:
             metadata: dict[str, str] = file.metadata() or {}
-            if metadata.get("version") != _VERSION or metadata.get("run") != identity:
+            if metadata.get("version") != _VERSION:
+                raise LearnerError(
+                    f"{path}: checkpoint version: expected {_VERSION}, found {metadata.get('version')}: finish the run "
+                    "with the release that began it, or remove it"
+                )
+            if metadata.get("run") != identity:
                 raise LearnerError(
                     f"{path}: a checkpoint of another run (other settings, masks or text): remove it, or change "
                     "--output"

@@ -34,7 +34,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--mask", required=True, type=Path, help="mask file of this model")
     parser.add_argument("--output", required=True, type=Path, help="recovery file to write, .safetensors")
     parser.add_argument(
-        "--start", type=Path, metavar="FILE", help="go on from this recovery file, instead of the block by block fit"
+        "--start",
+        type=Path,
+        metavar="FILE",
+        help="go on from this recovery file of the same mask, instead of the block by block fit",
     )
     parser.add_argument("--rank", type=int, default=default.rank, help=f"of the updates (default {default.rank})")
     data = parser.add_argument_group("calibration")
@@ -85,6 +88,7 @@ def recover(options: argparse.Namespace, console: Console) -> None:
     text: Tensor | None = None
     if config.steps:  # read before anything slow, so that too little text is known at once
         text = _text(options, config, tokenizer)
+        teacher = load_model(options.model, torch.float32, options.device)
     origin = _provenance(options, config)
     checkpoint = options.output.with_suffix(".checkpoint")
     updates: dict[str, LowRank] | None = None
@@ -95,7 +99,7 @@ def recover(options: argparse.Namespace, console: Console) -> None:
         updates, fits = _reconstruct(options, config, model, tokenizer, file)
     steps: list[DistillStep] = []
     if text is not None:
-        updates, steps = _distill(options, config, model, text, file, updates, json.dumps(origin), checkpoint)
+        updates, steps = _distill(options, config, model, teacher, text, file, updates, json.dumps(origin), checkpoint)
     assert updates is not None
     write_recovery(options.output, updates, provenance=origin)
     if text is not None:
@@ -140,11 +144,10 @@ def _reconstruct(
 
 
 def _distill(
-    options: argparse.Namespace, config: RecoverConfig, model: PreTrainedModel, tokens: Tensor, file: MaskFile,
-    updates: dict[str, LowRank] | None, origin: str, checkpoint: Path,
+    options: argparse.Namespace, config: RecoverConfig, model: PreTrainedModel, teacher: PreTrainedModel,
+    tokens: Tensor, file: MaskFile, updates: dict[str, LowRank] | None, origin: str, checkpoint: Path,
 ) -> tuple[dict[str, LowRank], list[DistillStep]]:  # fmt: skip
     """Distillation at a terminal: progress, a line a step in the log, checkpoints, a stop that loses nothing."""
-    teacher = load_model(options.model, torch.float32, options.device)
     stop = StopRequest()
     steps: list[DistillStep] = []
     columns = (

@@ -23,8 +23,9 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 from maskpro_kernels import NMPattern
+from maskpro_kernels.bits import pack_bits
 from maskpro_kernels.recovery import LowRank
-from maskpro_learner.checkpointed import read_checkpoint, run_steps, write_checkpoint
+from maskpro_learner.checkpointed import digest, read_checkpoint, run_steps, write_checkpoint
 from maskpro_learner.errors import LearnerError
 from maskpro_learner.layers import select_layers, weights_restored
 from maskpro_learner.refit import damped, low_rank_refit, root_mean_square
@@ -259,8 +260,8 @@ def distill(
         config: the settings.
         origin: what the start depends on; a checkpoint of another origin is of another run.
         on_step: called after every step.
-        checkpoint: file to write now and then and at the end, and to go on from if it exists. The caller removes it
-            once the updates are safe.
+        checkpoint: file to write at once, now and then and at the end, and to go on from if it exists. The caller
+            removes it once the updates are safe.
         checkpoint_seconds: time between two writes.
         stop: asked before every step; True writes the checkpoint and ends early.
 
@@ -272,7 +273,8 @@ def distill(
         OSError: the checkpoint cannot be written; the last one is intact.
     """
     linears = learning_linears(model, masks, pattern)
-    identity = json.dumps([asdict(config), origin, int(tokens.sum()), list(tokens.shape)], sort_keys=True)
+    content = digest(tokens, *(pack_bits(masks[name]) for name in linears))
+    identity = json.dumps([asdict(config), origin, content, list(tokens.shape)], sort_keys=True)
     resumed = None
     if checkpoint is not None and checkpoint.exists():
         resumed = _State.read(checkpoint, identity, linears)
@@ -282,6 +284,9 @@ def distill(
         raise LearnerError(f"recovery: {missing[0]}: no update to start from")
     with _parametrized(linears, masks, updates) as recovered:
         run = _Distillation(model, teacher, tokens, recovered, config, identity, resumed)
+        if checkpoint is not None and resumed is None:
+            run.save(checkpoint)  # the updates it starts from may have taken long
+        resumed = None
         run_steps(
             run, config.steps, on_step=on_step, checkpoint=checkpoint, checkpoint_seconds=checkpoint_seconds, stop=stop
         )

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from maskpro_learner.checkpointed import read_checkpoint, run_steps, write_checkpoint
+from maskpro_kernels.policy_step import DRAW_VERSION
+from maskpro_learner.checkpointed import digest, read_checkpoint, run_steps, write_checkpoint
 from maskpro_learner.config import LearnConfig
 from maskpro_learner.distributed import ALONE, World
 from maskpro_learner.errors import CalibrationError, LearnerError
@@ -250,6 +251,6 @@ class _Run:
         settings = asdict(self._config) | asdict(self._config.settings()) | {"pattern": str(self._config.pattern)}
         settings.pop("steps")  # a longer run may go on from a shorter one
         shapes = {name: list(logits.shape) for name, logits in self._policy.logits.items()}
-        text = [int(self._tokens.sum()), list(self._tokens.shape)]
+        text = [digest(self._tokens), list(self._tokens.shape), DRAW_VERSION]
         losses = [loss.hex() for loss in self._initial.tolist()]
         return json.dumps([settings, shapes, text, losses], sort_keys=True)

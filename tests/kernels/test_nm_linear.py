@@ -88,6 +88,9 @@ def test_many_tokens_and_threads(isa, tokens):
     check(x, weight, None, outputs[0])
     for y in outputs[1:]:
         assert torch.equal(y, outputs[0])  # a result does not depend on the number of threads
+    if tokens > 1:  # nor on the other tokens, but for how many there are
+        other = torch.cat([torch.randn((1, 2048)), x[1:-1].roll(1, 0), x[-1:]])
+        assert torch.equal(run_on_nan(other, weight, None, isa, 2)[-1], outputs[0][-1])
 
 
 def test_calls_from_several_threads_at_once(isa, monkeypatch):

@@ -210,6 +210,20 @@ def test_extreme_logits_stay_finite(value):
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("updates", [1, 100])
+def test_threads_keep_to_their_own_groups(isa, updates):
+    """With enough groups that threads run side by side, and enough updates to fill their tables."""
+    if isa not in _cpu.available_isas():
+        pytest.skip(f"this machine has no {isa}")
+    pattern, coefficients = NMPattern(2, 4), [(0.01, draw) for draw in range(updates)]
+    logits = 3 * torch.randn((64, 4096), generator=torch.Generator().manual_seed(0))
+    expected = run(logits, pattern, isa=_cpu.available_isas()[0], updates=coefficients, draw=7)
+    for threads in (1, 2, 4):
+        found = run(logits, pattern, isa=isa, threads=threads, updates=coefficients, draw=7)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize(
     ("row", "second"),
     [

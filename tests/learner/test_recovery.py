@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -179,3 +180,40 @@ def test_the_command_writes_a_recovery_file(model_folder, text_file, tmp_path, c
     assert read_recovery(output).provenance["distill_samples"] == "4"
     assert main([*command, "--rank", "0"]) == 2
     assert "rank: expected at least 1, found 0" in capsys.readouterr().err
+
+
+def test_an_interrupted_command_goes_on_without_fitting_again(model_folder, text_file, tmp_path, monkeypatch, capsys):
+    from transformers import AutoModelForCausalLM
+
+    from maskpro_learner import recover_cli
+
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    write_masks(tmp_path / "m.safetensors", initial_masks(model, PATTERN, "magnitude").masks, PATTERN)
+    whole, output = tmp_path / "whole.safetensors", tmp_path / "r.safetensors"
+    command = [
+        "--model", str(model_folder), "--mask", str(tmp_path / "m.safetensors"), "--calibration", str(text_file),
+        "--samples", "8", "--length", "16", "--rank", "2", "--block-steps", "1", "--steps", "4", "--minibatch", "2",
+        "--output",
+    ]  # fmt: skip
+    assert main([*command, str(whole)]) == 0
+    wanted = recover_cli.StopRequest.__call__
+
+    def after_two(request):
+        if len(output.with_suffix(".jsonl").read_text().splitlines()) == 2:
+            request.number = 15
+        return wanted(request)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recover_cli.StopRequest, "__call__", after_two)
+        assert main([*command, str(output)]) == 128 + 15
+    assert "stopped by SIGTERM; the same command goes on" in capsys.readouterr().err
+    assert not output.exists()
+    monkeypatch.setattr(recover_cli, "reconstruct", lambda *a, **k: pytest.fail("fitted again"))
+    assert main([*command, str(output)]) == 0
+    assert output.read_bytes() == whole.read_bytes()
+    assert not output.with_suffix(".checkpoint").exists()
+    assert [json.loads(line)["step"] for line in output.with_suffix(".jsonl").read_text().splitlines()] == [1, 2, 3, 4]
+
+    write_masks(tmp_path / "m.safetensors", initial_masks(model, PATTERN, "random", seed=5).masks, PATTERN)
+    assert main([*command, str(tmp_path / "other.safetensors"), "--start", str(output)]) == 2
+    assert "mask_sha256: expected" in capsys.readouterr().err

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from maskpro_kernels import NMWeight, unpack
 from maskpro_serve import load_packed
-from maskpro_serve.models import ModelBuildError, build_alias, resolve_model
+from maskpro_serve.models import DEFAULT_MASK, DEFAULT_RECOVERY, ModelBuildError, build_alias, resolve_model
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -54,6 +54,11 @@ def test_every_decoder_linear_is_strict_2_to_4(cache):
     assert len(packed) == 7 * config["num_hidden_layers"] == 210
     assert sum(w.nbytes for w in packed.values()) == 0.5625 * sum(w.dense_nbytes for w in packed.values())
     assert config["quantization_config"]["method"].startswith("maskpro")
+    assert config["quantization_config"]["recovery"]["rank"] == "35"
+
+
+def test_mask_and_recovery_are_at_most_20_mb():
+    assert DEFAULT_MASK.stat().st_size + DEFAULT_RECOVERY.stat().st_size <= 20_000_000
 
 
 def test_an_interrupted_build_leaves_nothing_and_the_next_succeeds(cache, tmp_path):
