@@ -20,7 +20,7 @@ cd "$work"
 import maskpro_kernels, maskpro_learner, maskpro_serve, torch
 from maskpro_kernels import NMPattern, nm_linear, pack, unpack
 from maskpro_learner.chat_quiz import read_questions
-from maskpro_serve.models import DEFAULT_MASK
+from maskpro_serve.models import DEFAULT_MASK, DEFAULT_RECOVERY
 from maskpro_serve.plugin import register
 
 for package in (maskpro_kernels, maskpro_learner, maskpro_serve):
@@ -28,7 +28,7 @@ for package in (maskpro_kernels, maskpro_learner, maskpro_serve):
 weight = pack(torch.randn(8, 32), NMPattern.parse("2:4"))
 x = torch.randn(3, 32)
 torch.testing.assert_close(nm_linear(x, weight), x @ unpack(weight).T)
-assert DEFAULT_MASK.is_file()
+assert DEFAULT_MASK.is_file() and DEFAULT_RECOVERY.is_file()
 assert len(read_questions()) == 40
 register()
 print("wheel: imports, kernel, mask and plugin work from", __import__("os").getcwd())

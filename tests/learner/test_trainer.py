@@ -128,6 +128,18 @@ def test_a_stopped_run_goes_on_bit_for_bit(tiny, tmp_path, estimator, stops):
     assert all(torch.equal(mask, again[name]) for name, mask in whole.items())
 
 
+def test_a_resumed_run_does_not_grade_its_logits_again(tiny, tmp_path, monkeypatch):
+    from maskpro_learner import trainer
+
+    config = dataclasses.replace(CONFIG, start="margin", initial_logit=3.0)
+    checkpoint = tmp_path / "run.checkpoint"
+    whole = learn(tiny, config)
+    learn(tiny, dataclasses.replace(config, steps=2), checkpoint=checkpoint)
+    monkeypatch.setattr(trainer, "margin_logits", lambda *a, **k: pytest.fail("graded again"))
+    resumed = learn(tiny, config, checkpoint=checkpoint)
+    assert all(torch.equal(mask, resumed[name]) for name, mask in whole.items())
+
+
 def test_flips_are_counted_and_grow_with_uncertainty(tiny):
     groups = sum(mask.numel() for mask in magnitude(tiny[0]).values()) // 4
     found = {}
