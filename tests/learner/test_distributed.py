@@ -57,7 +57,7 @@ def learn_everything(world: World) -> dict[str, Any]:
             model, tokens, masks, settings, world=world,
             on_step=lambda s, steps=steps: steps.append((s.step, s.loss, s.residual, s.tracker, s.flips)),
         )  # fmt: skip
-        found[name] = {"masks": learned, "steps": steps}
+        found[name] = {"masks": dict(learned), "steps": steps}  # torch.load knows dicts
     return found
 
 
