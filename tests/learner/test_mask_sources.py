@@ -34,7 +34,7 @@ def model(tiny_model: Build) -> PreTrainedModel:
 
 @pytest.fixture
 def masks(tiny_model: Build) -> dict[str, Tensor]:
-    return initial_masks(tiny_model(), PATTERN, "random", seed=7).masks
+    return dict(initial_masks(tiny_model(), PATTERN, "random", seed=7).masks)
 
 
 def save_npz(path: Path, masks: dict[str, Tensor]) -> Path:
