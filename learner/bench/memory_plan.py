@@ -1,6 +1,6 @@
 """The plan for learning in 4.2 bytes a weight, tried on the real training loop.
 
-    python learner/bench/memory_plan.py --data FOLDER --json docs/results/learner_memory_plan.json
+    python learner/bench/memory_plan.py --data FOLDER --json docs/results/learner_bf16_logits.json
 
 What :func:`maskpro_learner.learn_masks` keeps for a weight of a bfloat16 model is 2 bytes of it, 2 of its masked copy
 and 4 of its logit. Inside :func:`lean_learning` the same loop keeps 4 in all:
