@@ -56,8 +56,10 @@ class PolicyLanes {
     return sum;
   }
 
+  static constexpr bool kIsPairOfFour = kN == 2 && kM == 4;
+
   // Groups at a time.
-  static constexpr int kWidth = kN == 2 && kM == 4 ? kSharing : kLanes;
+  static constexpr int kWidth = kIsPairOfFour ? kSharing : kLanes;
 
   // Groups [group, group + kWidth), of which `count` exist; the others go through a buffer of zeros.
   void run(int64_t group, int64_t count) {
@@ -81,8 +83,6 @@ class PolicyLanes {
   }
 
  private:
-  static constexpr bool kIsPairOfFour = kN == 2 && kM == 4;
-
   int n() const { return kN ? kN : call_.n; }
   int m() const { return kM ? kM : call_.m; }
 
@@ -197,20 +197,18 @@ class PolicyLanes {
     Floats gain[4];
     load_columns(gains, gain);
     pair.sort(gain);
+    Ints kept[MASKPRO_MAX_GAIN_DRAWS][4];
     Floats total = {};
     for (int32_t i = 0; i < call_.updates; ++i) {
-      Ints kept[4];
-      pair.draw(words_[kBatch * i + v], kept);
+      pair.draw(words_[kBatch * i + v], kept[i]);
       advantage_[i] = Floats{};
-      for (int j = 0; j < 4; ++j) advantage_[i] += select(kept[j], gain[j], Floats{});
+      for (int j = 0; j < 4; ++j) advantage_[i] += select(kept[i][j], gain[j], Floats{});
       total += advantage_[i];
     }
     const float others = static_cast<float>(call_.updates - 1);
     for (int32_t i = 0; i < call_.updates; ++i) {
-      Ints kept[4];
-      pair.draw(words_[kBatch * i + v], kept);
       const Floats advantage = advantage_[i] - (total - advantage_[i]) / others;
-      pair.add_score(kept, splat(call_.coefficients[i]) * advantage, change);
+      pair.add_score(kept[i], splat(call_.coefficients[i]) * advantage, change);
     }
   }
 

@@ -6,7 +6,6 @@ no cost at inference: W' is packed like any other weight. The factors are stored
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from maskpro_kernels.files import read_safetensors, write_safetensors
+from maskpro_kernels.files import file_sha256, read_safetensors, write_safetensors
 
 FORMAT_VERSION = 1
 _LEVELS = 127
@@ -134,8 +133,7 @@ def read_recovery(path: Path, mask: Path | None = None) -> RecoveryFile:
         raise RecoveryFileError(f"{path}: unexpected tensor {min(tensors)}")
     made_with = metadata.get("mask_sha256")
     if mask is not None and made_with is not None:
-        with mask.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = file_sha256(mask)
         if made_with != found:
             raise RecoveryFileError(f"{path}: mask_sha256: expected {found}, the one of {mask}, found {made_with}")
     own = {"format", "format_version"}

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from maskpro_learner.checkpoints import file_sha256
+from maskpro_kernels.files import file_sha256
 from maskpro_learner.errors import CalibrationError
 from maskpro_learner.hub_text import PREFIX, hub_rows
 

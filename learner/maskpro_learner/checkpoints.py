@@ -92,13 +92,6 @@ def weights_sha256(name: str) -> str | None:
     return digest.hexdigest()
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of one file."""
-    digest = hashlib.sha256()
-    update_from_file(digest, path)
-    return digest.hexdigest()
-
-
 def update_from_file(digest: hashlib._Hash, path: Path) -> None:
     """Feeds a file to a digest in pieces."""
     with path.open("rb") as file:

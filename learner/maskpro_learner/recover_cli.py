@@ -17,8 +17,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from maskpro_kernels import LowRank, MaskFile, read_masks, read_recovery, write_recovery
+from maskpro_kernels.files import file_sha256
 from maskpro_learner.calibration import calibration_blocks, source_name
-from maskpro_learner.checkpoints import check_model, file_sha256, load_model, load_tokenizer, weights_sha256
+from maskpro_learner.checkpoints import check_model, load_model, load_tokenizer, weights_sha256
 from maskpro_learner.errors import LearnerError
 from maskpro_learner.layers import select_layers
 from maskpro_learner.progress import progress_bar, quiet_transformers
