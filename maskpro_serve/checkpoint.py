@@ -19,14 +19,19 @@ from torch import Tensor
 
 from maskpro_kernels import NMPattern, NMWeight
 from maskpro_kernels.bits import bitmask_width
-from maskpro_kernels.packing import check_bitmask
+from maskpro_kernels.packing import WEIGHT_DTYPES, check_bitmask
 
 QUANT_METHOD = "maskpro"
 FORMAT = "nm-bitmask"
 FORMAT_VERSION = 1
 SUFFIXES = (".compressed", ".bitmask", ".shape")
+SCALE_SUFFIX = ".weight_scale"
+"""With int8 values only."""
 
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "U8": torch.uint8, "I64": torch.int64}
+_DTYPES = {
+    "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "U8": torch.uint8, "I8": torch.int8,
+    "I64": torch.int64,
+}  # fmt: skip
 
 
 class CheckpointError(ValueError):
@@ -41,11 +46,13 @@ class PackedFormat:
         pattern: the (N:M) pattern of every packed linear.
         ignore: names of linears that stayed dense.
         provenance: the rest: where the mask came from.
+        values: ``int8``, or None for kept values of the model's own dtype.
     """
 
     pattern: NMPattern
     ignore: tuple[str, ...] = ()
     provenance: Mapping[str, Any] | None = None
+    values: str | None = None
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], where: str) -> PackedFormat:
@@ -73,8 +80,11 @@ class PackedFormat:
         ignore = config.get("ignore", [])
         if not isinstance(ignore, list) or not all(isinstance(name, str) for name in ignore):
             raise CheckpointError(f"{where}: ignore: expected a list of layer names, found {ignore!r}")
-        own = {"quant_method", "format", "format_version", "pattern", "ignore"}
-        return cls(pattern, tuple(ignore), {k: v for k, v in config.items() if k not in own})
+        values = config.get("values")
+        if values not in (None, "int8"):
+            raise CheckpointError(f"{where}: values: expected 'int8' or none, found {values!r}")
+        own = {"quant_method", "format", "format_version", "pattern", "ignore", "values"}
+        return cls(pattern, tuple(ignore), {k: v for k, v in config.items() if k not in own}, values)
 
     def to_dict(self) -> dict[str, Any]:
         """The inverse of :meth:`from_dict`."""
@@ -84,6 +94,7 @@ class PackedFormat:
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "pattern": str(self.pattern),
+            **({} if self.values is None else {"values": self.values}),
             "ignore": list(self.ignore),
         }
 
@@ -197,20 +208,24 @@ def packed_names(headers: Mapping[str, TensorInfo]) -> list[str]:
     return sorted({name.removesuffix(s) for name in headers for s in SUFFIXES if name.endswith(s)})
 
 
-def read_packed(headers: Mapping[str, TensorInfo], name: str, pattern: NMPattern, *, contents: bool) -> NMWeight | None:
+def read_packed(
+    headers: Mapping[str, TensorInfo], name: str, packed: PackedFormat, *, contents: bool
+) -> NMWeight | None:
     """Checks one packed linear, and reads it.
 
     Args:
         headers: from :func:`read_headers`.
         name: the linear's name, without suffix.
-        pattern: the checkpoint's pattern.
+        packed: the checkpoint's format.
         contents: False checks shapes and dtypes only, and returns None.
 
     Raises:
         CheckpointError: a part is missing, the parts disagree, or the bitmask is not strict.
     """
+    pattern = packed.pattern
     try:
         compressed, bitmask, shape = (headers[name + suffix] for suffix in SUFFIXES)
+        scale = headers[name + SCALE_SUFFIX] if packed.values == "int8" else None
     except KeyError as error:
         raise CheckpointError(
             f"{next(iter(headers.values())).file.parent}: tensor {error.args[0]} is missing, but other parts of "
@@ -230,11 +245,20 @@ def read_packed(headers: Mapping[str, TensorInfo], name: str, pattern: NMPattern
             )
     if bitmask.dtype != torch.uint8:
         raise CheckpointError(f"{bitmask}: expected torch.uint8, found {bitmask.dtype}")
-    if compressed.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+    if scale is None and compressed.dtype not in WEIGHT_DTYPES:
         raise CheckpointError(f"{compressed}: expected a 16 or 32 bit float, found {compressed.dtype}")
+    if scale is not None and compressed.dtype != torch.int8:
+        raise CheckpointError(f"{compressed}: expected torch.int8, as config.json says, found {compressed.dtype}")
+    if scale is not None and (scale.dtype not in WEIGHT_DTYPES or scale.shape != (out_features, 1)):
+        raise CheckpointError(
+            f"{scale}: expected a 16 or 32 bit float {(out_features, 1)}, found {scale.dtype} {scale.shape}"
+        )
     if not contents:
         return None
-    weight = NMWeight(_read(compressed), _read(bitmask), (out_features, in_features), pattern)
+    scales = None if scale is None else _read(scale).float().flatten()
+    if scales is not None and not torch.isfinite(scales).all():
+        raise CheckpointError(f"{scale}: expected finite scales, found inf or NaN")
+    weight = NMWeight(_read(compressed), _read(bitmask), (out_features, in_features), pattern, scales)
     try:
         check_bitmask(weight)
     except ValueError as error:
@@ -278,7 +302,7 @@ def check_checkpoint(folder: Path, *, contents: bool) -> PackedFormat | None:
         return None
     headers = read_headers(folder)
     for name in _checked_names(folder, headers, packed):
-        read_packed(headers, name, packed.pattern, contents=contents)
+        read_packed(headers, name, packed, contents=contents)
     return packed
 
 
@@ -323,10 +347,10 @@ def load_packed(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[st
     names = _checked_names(path, headers, packed)
     weights: dict[str, Tensor | NMWeight] = {}
     for name in names:
-        weight = read_packed(headers, name, packed.pattern, contents=True)
+        weight = read_packed(headers, name, packed, contents=True)
         assert weight is not None
         weights[f"{name}.weight"] = weight
-    parts = {name + suffix for name in names for suffix in SUFFIXES}
+    parts = {name + suffix for name in names for suffix in (*SUFFIXES, SCALE_SUFFIX)}
     for name, info in headers.items():
         if name not in parts:
             weights[name] = _read(info)

@@ -17,11 +17,22 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from maskpro_kernels import LowRank, NMPattern, NMWeight, RecoveryFile, pack, read_masks, read_recovery, recovered
+from maskpro_kernels import (
+    LowRank,
+    NMPattern,
+    NMWeight,
+    RecoveryFile,
+    pack,
+    read_masks,
+    read_recovery,
+    recovered,
+    to_int8,
+)
 from maskpro_kernels.files import temporary_sibling
 from maskpro_kernels.packing import WEIGHT_DTYPES, magnitude_mask
 from maskpro_serve.checkpoint import (
     INDEX,
+    SCALE_SUFFIX,
     CheckpointError,
     PackedFormat,
     TensorInfo,
@@ -58,9 +69,10 @@ def convert(
     mask: str | os.PathLike[str] | None = None,
     pattern: NMPattern | None = None,
     recovery: str | os.PathLike[str] | None = None,
+    values: str | None = None,
     progress: bool = False,
 ) -> ConversionReport:
-    """Packs every linear that the mask names; every kept weight is copied bit for bit, unless there is a recovery.
+    """Packs every linear that the mask names; kept weights are copied bit for bit but for a recovery or int8 values.
 
     Args:
         model: a dense Hugging Face folder with safetensors weights.
@@ -68,6 +80,7 @@ def convert(
         mask: a mask file. None packs the linears that already satisfy ``pattern`` by their zeros.
         pattern: required without a mask; with one, must agree with it.
         recovery: a recovery file made with this mask: its low-rank updates are merged into the kept weights.
+        values: ``int8`` rounds the kept values to 8 bits, with a scale for each output; None keeps them as they are.
         progress: draw a progress bar on stderr.
 
     Returns:
@@ -81,6 +94,8 @@ def convert(
     Memory: the largest safetensors file of the model and its packed form, and a byte per weight of the masks.
     """
     source, target = Path(model), Path(output)
+    if values not in (None, "int8"):
+        raise CheckpointError(f"values: expected 'int8' or none, found {values!r}")
     if target.exists():
         raise FileExistsError(f"{target}: already exists; remove it or choose another --output")
     config = read_config(source)
@@ -96,7 +111,7 @@ def convert(
     linears = set(_linear_weights(source, headers))
     if masks is not None and (others := sorted(masks.keys() - linears)):
         raise CheckpointError(f"{mask}: {others[0]}: expected masks of the decoder's linear layers only, this is none")
-    writer = _Writer(chosen, masks, linears, updates)
+    writer = _Writer(chosen, masks, linears, updates, values)
     with temporary_sibling(target) as folder:
         _copy_other_files(source, folder)
         with _progress_bar(len(headers), enabled=progress) as advance:
@@ -118,7 +133,7 @@ def convert(
         size = sum((folder / name).stat().st_size for name in set(index.values()))
         document = {"metadata": {"total_size": size}, "weight_map": index}
         (folder / INDEX).write_text(json.dumps(document, indent=2) + "\n")
-        packed = PackedFormat(chosen, ("lm_head", *sorted(writer.dense)), provenance)
+        packed = PackedFormat(chosen, ("lm_head", *sorted(writer.dense)), provenance, values)
         config["quantization_config"] = packed.to_dict()
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return ConversionReport(chosen, tuple(writer.packed), writer.dense, writer.packed_bytes, writer.dense_bytes)
@@ -128,31 +143,36 @@ class _Writer:
     """Turns dense tensors into packed ones, and keeps count."""
 
     def __init__(
-        self, pattern: NMPattern, masks: dict[str, Tensor] | None, linears: set[str], updates: dict[str, LowRank]
-    ) -> None:
+        self, pattern: NMPattern, masks: dict[str, Tensor] | None, linears: set[str], updates: dict[str, LowRank],
+        values: str | None,
+    ) -> None:  # fmt: skip
         self.pattern = pattern
         self.masks = masks
         self.linears = linears
         self.updates = updates
+        self.values = values
         self.packed: list[str] = []
         self.dense: dict[str, str] = {}
         self.packed_bytes = 0
         self.dense_bytes = 0
 
     def transform(self, name: str, tensor: Tensor, file: Path) -> dict[str, Tensor]:
-        """The tensors that replace ``name`` in the packed checkpoint: itself, or its three parts."""
+        """The tensors that replace ``name`` in the packed checkpoint: itself, or its parts."""
         weight = self._pack(name, tensor, file)
         if weight is None:
             return {name: tensor}
         prefix = name.removesuffix(".weight")
         self.packed.append(prefix)
         self.packed_bytes += weight.nbytes
-        self.dense_bytes += weight.dense_nbytes
-        return {
+        self.dense_bytes += tensor.nbytes
+        parts = {
             f"{prefix}.compressed": weight.values,
             f"{prefix}.bitmask": weight.bitmask,
             f"{prefix}.shape": torch.tensor(weight.shape, dtype=torch.int64).unsqueeze(1),
         }
+        if weight.scale is not None:
+            parts[f"{prefix}{SCALE_SUFFIX}"] = weight.scale.unsqueeze(1)
+        return parts
 
     def _pack(self, name: str, tensor: Tensor, file: Path) -> NMWeight | None:
         if name not in self.linears:
@@ -174,7 +194,8 @@ class _Writer:
         if (update := self.updates.get(name)) is not None:
             tensor = recovered(tensor, mask, update)
         try:
-            return pack(tensor, self.pattern, mask)
+            weight = pack(tensor, self.pattern, mask)
+            return weight if self.values is None else to_int8(weight)
         except ValueError as error:
             raise CheckpointError(f"{file}: {name}: {error}") from error
 

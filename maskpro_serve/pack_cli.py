@@ -18,6 +18,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--mask", type=Path, metavar="FILE", help="mask file; without it the model's own zeros count")
     parser.add_argument("--recovery", type=Path, metavar="FILE", help="recovery file made with this mask")
     parser.add_argument("--pattern", metavar="N:M", help="kept:group, such as 2:4; required without --mask")
+    parser.add_argument(
+        "--values", choices=["int8"], help="round the kept values to 8 bits, with a scale for each output"
+    )
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to write; must not exist")
     return parser
 
@@ -31,13 +34,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         pattern = NMPattern.parse(arguments.pattern) if arguments.pattern else None
         report = convert(
             arguments.model, arguments.output, mask=arguments.mask, pattern=pattern, recovery=arguments.recovery,
-            progress=sys.stderr.isatty(),
+            values=arguments.values, progress=sys.stderr.isatty(),
         )  # fmt: skip
     except (ValueError, OSError, ImportError) as error:
         print(f"maskpro-pack: {error}", file=sys.stderr)
         return 2
     share = report.packed_bytes / report.dense_bytes
-    print(f"{arguments.output}: {len(report.packed)} linears packed {report.pattern}")
+    values = f", values of {arguments.values}" if arguments.values else ""
+    print(f"{arguments.output}: {len(report.packed)} linears packed {report.pattern}{values}")
     print(f"{report.packed_bytes / 1e6:.1f} MB for {report.dense_bytes / 1e6:.1f} MB of dense weights ({share:.4f})")
     for name, reason in report.dense.items():
         print(f"left dense: {name}: {reason}")

@@ -1,4 +1,4 @@
-// Rows of any storage type to float32 and back.
+// Activations and outputs of any storage type, to float32 and back.
 #ifndef MASKPRO_ELEMENTS_H_
 #define MASKPRO_ELEMENTS_H_
 
@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "element_types.h"
+#include "interleaved.h"
 #include "maskpro_kernels.h"
 #include "nm_linear.h"
 
@@ -15,7 +16,7 @@ namespace maskpro {
 
 // Calls `use` with a null pointer of the storage type that `dtype` names.
 template <class Use>
-inline auto with_element(int32_t dtype, const Use& use) {
+inline auto with_float(int32_t dtype, const Use& use) {
   switch (dtype) {
     case MASKPRO_F32:
       return use(static_cast<float*>(nullptr));
@@ -26,6 +27,12 @@ inline auto with_element(int32_t dtype, const Use& use) {
   }
 }
 
+template <class Use>
+inline auto with_element(int32_t dtype, const Use& use) {
+  if (dtype == MASKPRO_I8) return use(static_cast<int8_t*>(nullptr));
+  return with_float(dtype, use);
+}
+
 template <class Isa, class Element>
 inline typename Isa::Vec load_partial(const Element* p, int64_t count) {
   Element padded[Isa::kLanes] = {};
@@ -33,59 +40,69 @@ inline typename Isa::Vec load_partial(const Element* p, int64_t count) {
   return Isa::load(padded);
 }
 
-// Writes `count` floats, and zeros up to a whole step; parted into even and odd columns if asked.
-template <class Isa, bool kEvenOdd, class Element>
+// Writes `count` floats, and zeros up to a whole vector.
+template <class Isa, class Element>
 inline void convert(const Element* from, int64_t count, float* to) {
-  constexpr int64_t kStepColumns = Isa::kLanes * Isa::kStepVectors;
-  for (int64_t column = 0; column < count; column += kStepColumns) {
-    typename Isa::Vec v[Isa::kStepVectors];
-    for (int i = 0; i < Isa::kStepVectors; ++i) {
-      const int64_t rest = count - column - i * Isa::kLanes;
-      const Element* p = from + column + i * Isa::kLanes;
-      v[i] = rest >= Isa::kLanes ? Isa::load(p) : rest > 0 ? load_partial<Isa>(p, rest) : Isa::zero();
-    }
-    if constexpr (kEvenOdd) Isa::part_even_odd(v);
-    for (int i = 0; i < Isa::kStepVectors; ++i) Isa::store(to + column + i * Isa::kLanes, v[i]);
+  for (int64_t i = 0; i < count; i += Isa::kLanes) {
+    const int64_t rest = count - i;
+    Isa::store(to + i, rest >= Isa::kLanes ? Isa::load(from + i) : load_partial<Isa>(from + i, rest));
   }
 }
 
-// Activations for weights of `weight_dtype`, in the order of their lanes.
+// The first column of each slot's group; slots past a row's last repeat it.
+inline void write_bases(const NMLinear& call, int64_t slots, int32_t* bases) {
+  int64_t slot = 0;
+  const int32_t width = call.n == call.m ? 1 : call.m;
+  const int32_t kept = call.n == call.m ? 1 : call.n;
+  const int32_t last = static_cast<int32_t>(call.in_features) - width;
+  for (int32_t base = 0; base <= last; base += width) {
+    for (int32_t k = 0; k < kept; ++k) bases[slot++] = base;
+  }
+  while (slot < slots) bases[slot++] = last;
+}
+
+// Turns a block's sums into outputs.
 template <class Isa, class Act>
-inline void convert_activations(const Act* from, int64_t count, int32_t weight_dtype, float* to) {
-  if (Isa::kEvenOddBF16 && weight_dtype == MASKPRO_BF16) {
-    convert<Isa, Isa::kEvenOddBF16>(from, count, to);
-  } else {
-    convert<Isa, false>(from, count, to);
-  }
-}
-
-// Writes the bias of the outputs [row, row + rows), zeros if there is none, up to a whole step.
-template <class Isa>
-inline void load_bias(const NMLinear& call, int64_t row, int64_t rows, float* bias) {
-  if (call.bias == nullptr) {
-    memset(bias, 0, static_cast<size_t>(rows + Isa::kLanes * Isa::kStepVectors) * sizeof(float));
-    return;
-  }
-  with_element(call.bias_dtype, [&](auto* element) {
-    using Element = std::remove_pointer_t<decltype(element)>;
-    convert<Isa, false>(static_cast<const Element*>(call.bias) + row, rows, bias);
-  });
-}
-
-// Adds the bias to the sums of `rows` consecutive outputs of one token, rounds and stores them.
-template <class Isa, class Act>
-inline void store_outputs(const float* sums, const float* bias, int64_t rows, Act* y) {
-  for (int64_t r = 0; r < rows; r += Isa::kLanes) {
-    const auto value = Isa::add(Isa::load(sums + r), Isa::load(bias + r));
-    if (rows - r >= Isa::kLanes) {
-      Isa::store(y + r, value);
-    } else {
-      Act padded[Isa::kLanes];
-      Isa::store(padded, value);
-      memcpy(y + r, padded, static_cast<size_t>(rows - r) * sizeof(Act));
+class BlockOutputs {
+ public:
+  BlockOutputs(const NMLinear& call, int64_t block)
+      : y_(static_cast<Act*>(call.y) + block * kBlockRows),
+        stride_(call.out_features),
+        rows_(call.out_features - block * kBlockRows) {
+    if (rows_ > kBlockRows) rows_ = kBlockRows;
+    const int64_t row = block * kBlockRows;
+    for (int r = 0; r < kBlockRows; ++r) scale_[r] = 1.0F, bias_[r] = 0.0F;
+    if (call.scale != nullptr) memcpy(scale_, call.scale + row, static_cast<size_t>(rows_) * sizeof(float));
+    if (call.bias != nullptr) {
+      with_float(call.bias_dtype, [&](auto* element) {
+        using Element = std::remove_pointer_t<decltype(element)>;
+        convert<Isa>(static_cast<const Element*>(call.bias) + row, rows_, bias_);
+      });
     }
   }
-}
+
+  // Scales one token's sums of the block, adds the bias, rounds and stores.
+  void store(int64_t token, const float* sums) const {
+    Act* y = y_ + token * stride_;
+    for (int64_t r = 0; r < rows_; r += Isa::kLanes) {
+      const auto value = Isa::fma(Isa::load(sums + r), Isa::load(scale_ + r), Isa::load(bias_ + r));
+      if (rows_ - r >= Isa::kLanes) {
+        Isa::store(y + r, value);
+      } else {
+        Act padded[Isa::kLanes];
+        Isa::store(padded, value);
+        memcpy(y + r, padded, static_cast<size_t>(rows_ - r) * sizeof(Act));
+      }
+    }
+  }
+
+ private:
+  Act* y_;
+  int64_t stride_;
+  int64_t rows_;
+  float scale_[kBlockRows];
+  float bias_[kBlockRows];
+};
 
 }  // namespace maskpro
 

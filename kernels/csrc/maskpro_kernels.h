@@ -16,9 +16,9 @@ extern "C" {
 #endif
 
 // Raised with every incompatible change of this header; the Python loader checks it.
-#define MASKPRO_ABI_VERSION 3
+#define MASKPRO_ABI_VERSION 4
 
-enum maskpro_dtype { MASKPRO_F32 = 0, MASKPRO_BF16 = 1, MASKPRO_F16 = 2 };
+enum maskpro_dtype { MASKPRO_F32 = 0, MASKPRO_BF16 = 1, MASKPRO_F16 = 2, MASKPRO_I8 = 3 };
 
 // Numbered by preference.
 enum maskpro_isa { MASKPRO_PORTABLE = 0, MASKPRO_AVX2 = 1, MASKPRO_AVX512 = 2 };
@@ -35,25 +35,39 @@ MASKPRO_API int32_t maskpro_abi_version(void);
 // 1 if the instruction set was compiled in and this machine runs it, else 0.
 MASKPRO_API int32_t maskpro_isa_available(int32_t isa);
 
-// y = x @ W^T + bias for an (n:m)-sparse W, n of every m consecutive inputs kept.
+// Bytes of an (n:m)-sparse weight in the order that maskpro_nm_linear reads (interleaved.h); -1 for an impossible one.
+// m is 4, 8, 16 or 32 and divides in_features.
+MASKPRO_API int64_t maskpro_interleaved_bytes(int64_t in_features, int64_t out_features, int32_t n, int32_t m,
+                                              int32_t weight_dtype);
+
+// Brings a weight into that order.
+//
+//   weight  maskpro_interleaved_bytes, written
+//   values  [out_features, in_features / m * n]  row-major, weight_dtype
+//   bitmask [out_features, ceil(in_features / 8)], bit k of byte j is column 8j + k; spare bits 0. Not read if n is m.
+//
+// The bitmask must keep exactly n per group (checked when a weight is loaded, not here). Pointers need no alignment
+// beyond their element's. Returns a maskpro_status.
+MASKPRO_API int32_t maskpro_interleave(void* weight, const void* values, const uint8_t* bitmask, int64_t in_features,
+                                       int64_t out_features, int32_t n, int32_t m, int32_t weight_dtype,
+                                       int32_t threads);
+
+// y = (x @ W^T) * scale + bias for an (n:m)-sparse W, n of every m consecutive inputs kept; n = m is a dense one.
 //
 //   y       [tokens, out_features]  row-major, act_dtype; every element is written
 //   x       [tokens, in_features]   row-major, act_dtype
-//   values  [out_features, in_features / m * n]  row-major, weight_dtype
-//   bitmask [out_features, ceil(in_features / 8)], bit k of byte j is column 8j + k; spare bits 0
+//   weight  from maskpro_interleave
+//   scale   [out_features] float32, or NULL for ones: a weight of int8 is its integer times its row's scale
 //   bias    [out_features] bias_dtype, or NULL
 //
-// Sums are float32, rounded once to act_dtype. m is 4, 8, 16 or 32 and divides in_features. The
-// bitmask must keep exactly n per group (checked when a weight is loaded, not here). Pointers need
-// no alignment beyond their element's. Reentrant: any number of threads may call at once.
+// Sums are float32, rounded once to act_dtype, which like bias_dtype is no integer. Reentrant: any number of threads may
+// call at once.
 //
-// Reads out * in * (n/m * sizeof(weight) + 1/8) bytes of weight, once for up to a few tokens.
-// Returns a maskpro_status; on anything but MASKPRO_OK, y is untouched.
-MASKPRO_API int32_t maskpro_nm_linear(void* y, const void* x, const void* values,
-                                      const uint8_t* bitmask, const void* bias, int64_t tokens,
-                                      int64_t in_features, int64_t out_features, int32_t n,
-                                      int32_t m, int32_t act_dtype, int32_t weight_dtype,
-                                      int32_t bias_dtype, int32_t isa, int32_t threads);
+// Reads the weight once for up to a few tokens. Returns a maskpro_status; on anything but MASKPRO_OK, y is untouched.
+MASKPRO_API int32_t maskpro_nm_linear(void* y, const void* x, const void* weight, const float* scale, const void* bias,
+                                      int64_t tokens, int64_t in_features, int64_t out_features, int32_t n, int32_t m,
+                                      int32_t act_dtype, int32_t weight_dtype, int32_t bias_dtype, int32_t isa,
+                                      int32_t threads);
 
 // One step of learning (n:m) masks: updates logits by earlier draws, then writes a weight under the next draw.
 //

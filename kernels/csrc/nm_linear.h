@@ -7,11 +7,11 @@
 namespace maskpro {
 
 struct NMLinear {
-  void* y;                 // [tokens, out_features], act_dtype
-  const void* x;           // [tokens, in_features], act_dtype
-  const void* values;      // [out_features, kept], weight_dtype
-  const uint8_t* bitmask;  // [out_features, mask_bytes]
-  const void* bias;        // [out_features], bias_dtype; or null
+  void* y;              // [tokens, out_features], act_dtype
+  const void* x;        // [tokens, in_features], act_dtype
+  const uint8_t* weight;  // interleaved.h
+  const float* scale;   // [out_features]; or null
+  const void* bias;     // [out_features], bias_dtype; or null
   int64_t tokens;
   int64_t in_features;
   int64_t out_features;
@@ -21,8 +21,6 @@ struct NMLinear {
   int32_t weight_dtype;
   int32_t bias_dtype;
   int32_t threads;
-  int64_t kept;        // values per row
-  int64_t mask_bytes;  // bytes of bitmask per row
 };
 
 // Each returns a maskpro_status and is compiled with its own instruction set: call it only where

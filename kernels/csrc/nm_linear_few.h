@@ -1,10 +1,8 @@
-// nm_linear for few tokens, bound by the bytes of the weight: sums of four rows times a few tokens straight from the
-// packed weight, each a dot product along the columns.
+// nm_linear for few tokens, bound by the bytes of the weight: a lane is an output, a block of the weight one stream.
 //
-//   convert the activations to float32 blocks, shared by all threads
-//   for every kGroupRows rows of this thread
-//     for every four rows, for every block of columns, for every tile of tokens: multiply_tile
-//     add the bias, round, store
+//   for every block of sixteen rows of this thread
+//     for every piece of it that stays in L1, for every tile of tokens: multiply_block
+//     scale, add the bias, round, store
 #ifndef MASKPRO_NM_LINEAR_FEW_H_
 #define MASKPRO_NM_LINEAR_FEW_H_
 
@@ -12,156 +10,138 @@
 #include <string.h>
 
 #include "elements.h"
+#include "interleaved.h"
 #include "maskpro_kernels.h"
 #include "nm_linear.h"
-#include "packed_rows.h"
-#include "row_share.h"
 #include "scratch.h"
 
 namespace maskpro {
 
-// Columns per block: a tile's activations stay in L1, and the sum over lanes at a block's end costs a few per cent of
-// the block. A multiple of every m.
-constexpr int64_t kFewColumns = 1024;
+// Chunks that several tiles of tokens read in turn: some 20 KiB.
+constexpr int64_t kPieceChunks = 32;
 
-// Floats between tokens of a block: one cache line more, or all would fall into the same L1 sets.
-constexpr int64_t kFewStride = kFewColumns + 16;
-
-// Rows whose sums are stored together.
-constexpr int64_t kGroupRows = 48;
-
-template <class Isa, int kTokens, class Vec>
-[[gnu::always_inline]] inline void multiply_step(const Vec (&w)[kTileRows][Isa::kStepVectors], const float* x,
-                                                 Vec (&sums)[kTokens][kTileRows]) {
-#pragma GCC unroll 2
-  for (int i = 0; i < Isa::kStepVectors; ++i) {
-#pragma GCC unroll 8
-    for (int t = 0; t < kTokens; ++t) {
-      const Vec xt = Isa::load(x + t * kFewStride + i * Isa::kLanes);
-#pragma GCC unroll 4
-      for (int r = 0; r < kTileRows; ++r) sums[t][r] = Isa::fma(w[r][i], xt, sums[t][r]);
-    }
-  }
-}
-
-// sums[t][r] += rows[r] . x[t] over one block of columns. Twenty-four (AVX-512) or twelve (AVX2) sums stay in
-// registers: enough independent FMA chains to hide the latency of four cycles, every weight used for all tokens once
-// expanded, every activation loaded once for four rows.
+// sums[t][row] += rows . x[t] over some chunks of a block. All tokens use a weight once it is in registers; every
+// group of activations is loaded once for sixteen rows.
 //
-//   x     [kTokens, kFewStride], zero from the block's last column up to a whole step
-//   sums  [kTokens, kGroupRows], of which the first four columns are used
-template <class Isa, int kTokens, class Rows>
-[[gnu::noinline]] void multiply_tile(Rows rows, const float* x, float* sums) {
-  constexpr int64_t kStepColumns = Isa::kLanes * Isa::kStepVectors;
+//   bases  [chunks * slots], the first column of each slot's group
+//   x      [kTokens, in_features], rows x_stride apart
+//   sums   [kTokens, 16]
+template <class Isa, class Weight, int kBits, int kTokens>
+[[gnu::noinline]] void multiply_block(const uint8_t* chunk, int64_t chunks, const int32_t* bases, const float* x,
+                                      int64_t x_stride, float* sums) {
+  constexpr int kVectors = kBlockRows / Isa::kLanes;
+  constexpr int kSlots = chunk_slots(kBits);
   using Vec = typename Isa::Vec;
-  Vec acc[kTokens][kTileRows];
+  Vec acc[kTokens][kVectors];
 #pragma GCC unroll 8
   for (int t = 0; t < kTokens; ++t) {
 #pragma GCC unroll 4
-    for (int r = 0; r < kTileRows; ++r) acc[t][r] = Isa::zero();
+    for (int v = 0; v < kVectors; ++v) acc[t][v] = Isa::load(sums + t * kBlockRows + v * Isa::kLanes);
   }
-  Vec w[kTileRows][Isa::kStepVectors];
-  for (int64_t step = 0; step < rows.safe(); ++step) {
-    rows.prefetch(step);
-    rows.expand(step, w);
-    multiply_step<Isa, kTokens>(w, x + step * kStepColumns, acc);
-  }
-  for (int64_t step = rows.safe(); step < rows.steps(); ++step) {
-    rows.expand_exact(step, w);
-    multiply_step<Isa, kTokens>(w, x + step * kStepColumns, acc);
+  for (int64_t c = 0; c < chunks; ++c) {
+    typename Isa::Indices indices[kVectors] = {};
+    if constexpr (kBits > 0) Isa::load_indices(chunk, indices);
+    const Weight* values = reinterpret_cast<const Weight*>(chunk + chunk_index_bytes(kBits));
+#pragma GCC unroll 16
+    for (int j = 0; j < kSlots; ++j) {
+      Vec w[kVectors];
+      Isa::load_slot(values + j * kBlockRows, w);
+      const float* group = x + bases[j];
+#pragma GCC unroll 8
+      for (int t = 0; t < kTokens; ++t) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) {
+          acc[t][v] = Isa::fma(w[v], Isa::template pick<kBits>(group + t * x_stride, indices[v], j), acc[t][v]);
+        }
+      }
+    }
+    chunk += chunk_bytes(kBits, sizeof(Weight));
+    bases += kSlots;
   }
 #pragma GCC unroll 8
-  for (int t = 0; t < kTokens; ++t) Isa::accumulate(sums + t * kGroupRows, acc[t]);
+  for (int t = 0; t < kTokens; ++t) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) Isa::store(sums + t * kBlockRows + v * Isa::kLanes, acc[t][v]);
+  }
 }
 
-template <class Isa, class Weight, class Act>
+template <class Isa, class Weight, class Act, int kBits>
 class FewTokens {
  public:
   explicit FewTokens(const NMLinear& call)
-      : call_(call), blocks_((call.in_features + kFewColumns - 1) / kFewColumns) {}
+      : call_(call), sizes_(call.in_features, call.out_features, call.n, call.m, call.weight_dtype) {}
 
   int32_t operator()() {
-    const int64_t x_floats = blocks_ * call_.tokens * kFewStride;
-    const int64_t sums_floats = call_.tokens * kGroupRows;
-    float* scratch = thread_scratch(x_floats + call_.threads * sums_floats);
+    const int64_t slots = sizes_.chunks * kSlots;
+    const int64_t x_floats = kConvert ? call_.tokens * x_stride() : 0;
+    const int64_t sums_floats = call_.tokens * kBlockRows;
+    float* scratch = thread_scratch(slots + x_floats + call_.threads * sums_floats);
     if (scratch == nullptr) return MASKPRO_NO_MEMORY;
-    x_ = scratch;
-    convert_x();  // faster than threads meet at a barrier
+    int32_t* bases = reinterpret_cast<int32_t*>(scratch);
+    write_bases(call_, slots, bases);
+    const float* x = convert_x(scratch + slots);
 #pragma omp parallel num_threads(call_.threads)
     {
       // The runtime may grant fewer threads than asked.
+      const int64_t threads = omp_get_num_threads();
       const int64_t thread = omp_get_thread_num();
-      const RowShare rows = row_share<Isa>(call_.out_features, thread, omp_get_num_threads());
-      float* sums = scratch + x_floats + thread * sums_floats;
-      for (int64_t row = rows.begin; row < rows.end; row += kGroupRows) {
-        const int64_t end = rows.end - row < kGroupRows ? rows.end : row + kGroupRows;
-        multiply_rows(row, end, sums);
-        store_rows(row, end, sums);
+      float* sums = scratch + slots + x_floats + thread * sums_floats;
+      const int64_t end = sizes_.blocks * (thread + 1) / threads;
+      for (int64_t block = sizes_.blocks * thread / threads; block < end; ++block) {
+        memset(sums, 0, static_cast<size_t>(sums_floats) * sizeof(float));
+        multiply(call_.weight + block * sizes_.block_bytes, bases, x, sums);
+        const BlockOutputs<Isa, Act> outputs(call_, block);
+        for (int64_t t = 0; t < call_.tokens; ++t) outputs.store(t, sums + t * kBlockRows);
       }
     }
     return MASKPRO_OK;
   }
 
  private:
-  // [block][token][kFewStride], zero beyond in_features up to a whole step.
-  float* x_block(int64_t block) const { return x_ + block * call_.tokens * kFewStride; }
+  static constexpr int kSlots = chunk_slots(kBits);
+  static constexpr int64_t kChunkBytes = chunk_bytes(kBits, sizeof(Weight));
+  static constexpr bool kConvert = !std::is_same<Act, float>::value;
 
-  void convert_x() const {
-    for (int64_t block = 0; block < blocks_; ++block) {
-      const int64_t column = block * kFewColumns;
-      const int64_t rest = call_.in_features - column;
-      const int64_t count = rest < kFewColumns ? rest : kFewColumns;
+  // Floats between tokens; converted ones are whole vectors.
+  int64_t x_stride() const {
+    return kConvert ? (call_.in_features + Isa::kLanes - 1) / Isa::kLanes * Isa::kLanes : call_.in_features;
+  }
+
+  const float* convert_x(float* to) const {
+    if constexpr (!kConvert) {
+      return static_cast<const float*>(call_.x);
+    } else {  // faster than threads meet at a barrier
       for (int64_t t = 0; t < call_.tokens; ++t) {
-        const Act* from = static_cast<const Act*>(call_.x) + t * call_.in_features + column;
-        convert_activations<Isa>(from, count, call_.weight_dtype, x_block(block) + t * kFewStride);
+        convert<Isa>(static_cast<const Act*>(call_.x) + t * call_.in_features, call_.in_features, to + t * x_stride());
       }
+      return to;
     }
   }
 
-  // sums = x W^T for the rows [row, row_end) of one group.
-  void multiply_rows(int64_t row, int64_t row_end, float* sums) const {
-    memset(sums, 0, static_cast<size_t>(call_.tokens * kGroupRows) * sizeof(float));
-    if (Isa::regular(call_.n, call_.m)) {
-      multiply_packed<PackedRows<Isa, Weight, true>>(row, row_end, sums);
-    } else {
-      multiply_packed<PackedRows<Isa, Weight, false>>(row, row_end, sums);
-    }
-  }
-
-  template <class Packed>
-  void multiply_packed(int64_t row, int64_t row_end, float* sums) const {
-    for (int64_t tile = row; tile < row_end; tile += kTileRows) {
-      for (int64_t block = 0; block < blocks_; ++block) {
-        const Packed packed(call_, tile, row_end, block * kFewColumns, kFewColumns);
-        for (int64_t t = 0; t < call_.tokens; t += Isa::kTileTokens) {
-          multiply_some<Isa::kTileTokens>(packed, x_block(block) + t * kFewStride, call_.tokens - t,
-                                          sums + t * kGroupRows + tile - row);
-        }
+  void multiply(const uint8_t* block, const int32_t* bases, const float* x, float* sums) const {
+    const int64_t most = call_.tokens > Isa::kTileTokens ? kPieceChunks : sizes_.chunks;
+    for (int64_t chunk = 0; chunk < sizes_.chunks; chunk += most) {
+      const int64_t rest = sizes_.chunks - chunk;
+      const int64_t chunks = rest < most ? rest : most;
+      for (int64_t t = 0; t < call_.tokens; t += Isa::kTileTokens) {
+        multiply_some<Isa::kTileTokens>(call_.tokens - t, block + chunk * kChunkBytes, chunks, bases + chunk * kSlots,
+                                        x + t * x_stride(), sums + t * kBlockRows);
       }
     }
   }
 
   // Finds the tile of min(tokens, kTokens) tokens.
-  template <int kTokens, class Packed>
-  static void multiply_some(const Packed& rows, const float* x, int64_t tokens, float* sums) {
+  template <int kTokens>
+  void multiply_some(int64_t tokens, const uint8_t* chunk, int64_t chunks, const int32_t* bases, const float* x,
+                     float* sums) const {
     if constexpr (kTokens > 1) {
-      if (tokens < kTokens) return multiply_some<kTokens - 1>(rows, x, tokens, sums);
+      if (tokens < kTokens) return multiply_some<kTokens - 1>(tokens, chunk, chunks, bases, x, sums);
     }
-    multiply_tile<Isa, kTokens>(rows, x, sums);
-  }
-
-  void store_rows(int64_t row, int64_t row_end, const float* sums) const {
-    float bias[kGroupRows + Isa::kLanes * Isa::kStepVectors];
-    load_bias<Isa>(call_, row, row_end - row, bias);
-    Act* y = static_cast<Act*>(call_.y) + row;
-    for (int64_t t = 0; t < call_.tokens; ++t) {
-      store_outputs<Isa>(sums + t * kGroupRows, bias, row_end - row, y + t * call_.out_features);
-    }
+    multiply_block<Isa, Weight, kBits, kTokens>(chunk, chunks, bases, x, x_stride(), sums);
   }
 
   const NMLinear& call_;
-  const int64_t blocks_;
-  float* x_ = nullptr;
+  const Interleaved sizes_;
 };
 
 }  // namespace maskpro

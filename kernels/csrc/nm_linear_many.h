@@ -1,14 +1,11 @@
-// nm_linear for many tokens, bound by arithmetic: a matrix product of rows expanded once for some hundred tokens.
+// nm_linear for many tokens, bound by arithmetic: a lane is a token, a weight meets only the column it is kept for.
 //
 //   for every kPassTokens tokens                      bounds the working memory
-//     turn the activations to [block][tile of tokens][column][token], shared by all threads
-//     for every kGroupPanels panels of kPanelRows rows of this thread
-//       for every block of columns, whose activations stay in L2 throughout the group
-//         for every panel: expand it, then for every kOuterRows rows of it (in L1), for every tile: outer_tile
-//       add the bias, round, store
-//
-// Lanes are tokens: a column's activations are one or two loads, a weight is broadcast, and nothing is summed over
-// lanes. Two vectors of tokens by kOuterRows rows of sums fill the registers.
+//     turn the activations to [column block][tile of tokens][column][token], shared by all threads
+//     for every kGroupBlocks blocks of rows of this thread
+//       for every column block, whose activations stay in L2 throughout the group
+//         for every block of rows: decode it (into L1), then for every tile, for every kTileRows rows: sparse_tile
+//       scale, add the bias, round, store
 #ifndef MASKPRO_NM_LINEAR_MANY_H_
 #define MASKPRO_NM_LINEAR_MANY_H_
 
@@ -16,89 +13,135 @@
 #include <string.h>
 
 #include "elements.h"
+#include "interleaved.h"
 #include "maskpro_kernels.h"
 #include "nm_linear.h"
-#include "packed_rows.h"
-#include "row_share.h"
 #include "scratch.h"
 
 namespace maskpro {
 
-// Enough to make a row's expansion cheap; few enough that a block's activations, 256 KiB, stay in an L2 of 512 KiB.
 constexpr int64_t kPassTokens = 256;
-constexpr int64_t kManyColumns = 256;
 
-// Floats between rows of a panel, and between the tokens that are being turned: one cache line more, or all would fall
-// into the same L1 sets.
-constexpr int64_t kManyStride = kManyColumns + 16;
+// Vectors of tokens in a tile, and rows at once: eight sums hide the latency of the FMAs, and two FMAs a cycle are
+// what two loads a cycle feed.
+constexpr int kTileVectors = 4;
+constexpr int kTileRows = 2;
 
-// Rows of a panel, a multiple of every kOuterRows; and panels of a group, for which a block's activations are read
-// from L3 once, and whose sums are 96 KiB.
-constexpr int64_t kPanelRows = 48;
-constexpr int64_t kGroupPanels = 2;
+// Of a tile's activations: half of an L1.
+constexpr int64_t kTileBytes = 16384;
 
-// sums[r][t] += w[r] . x[t] over `columns` columns, for kRows rows and two vectors of tokens.
-//
-//   w     [kRows, kManyStride]
-//   x     [columns, 2 * Isa::kLanes]
-//   sums  [kRows, kPassTokens]
-template <class Isa, int kRows>
-[[gnu::noinline]] void outer_tile(const float* w, const float* x, int64_t columns, float* sums) {
-  using Vec = typename Isa::Vec;
-  Vec acc[kRows][2];
+// Blocks of rows for which a column block's activations are read from L3 once.
+constexpr int64_t kGroupBlocks = 6;
+
+// A kept weight of a decoded block of rows, and where its column lies in a tile.
+struct Entry {
+  float weight;
+  int32_t offset;  // bytes
+};
+
+// Decodes whole chunks into entries [slots][16]; `first` is the tile's first column. Offsets of slots before or after
+// the tile's columns are of no use.
+template <class Isa, class Weight, int kBits>
+[[gnu::noinline]] void decode(const uint8_t* chunk, int64_t chunks, const int32_t* bases, int32_t first,
+                              Entry* entries) {
+  constexpr int kVectors = kBlockRows / Isa::kLanes;
+  constexpr int kSlots = chunk_slots(kBits);
+  for (int64_t c = 0; c < chunks; ++c) {
+    typename Isa::Indices indices[kVectors] = {};
+    if constexpr (kBits > 0) Isa::load_indices(chunk, indices);
+    const Weight* values = reinterpret_cast<const Weight*>(chunk + chunk_index_bytes(kBits));
 #pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) acc[r][0] = acc[r][1] = Isa::zero();
-  for (int64_t column = 0; column < columns; ++column) {
-    const Vec x0 = Isa::load(x);
-    const Vec x1 = Isa::load(x + Isa::kLanes);
-    x += 2 * Isa::kLanes;
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-      const Vec weight = Isa::broadcast(w + r * kManyStride + column);
-      acc[r][0] = Isa::fma(weight, x0, acc[r][0]);
-      acc[r][1] = Isa::fma(weight, x1, acc[r][1]);
+    for (int j = 0; j < kSlots; ++j) {
+      typename Isa::Vec w[kVectors];
+      Isa::load_slot(values + j * kBlockRows, w);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        Isa::template store_entries<kBits>(&entries[v * Isa::kLanes].weight, w[v], indices[v], j, bases[j] - first);
+      }
+      entries += kBlockRows;
     }
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
-    float* to = sums + r * kPassTokens;
-    Isa::store(to, Isa::add(Isa::load(to), acc[r][0]));
-    Isa::store(to + Isa::kLanes, Isa::add(Isa::load(to + Isa::kLanes), acc[r][1]));
+    chunk += chunk_bytes(kBits, sizeof(Weight));
+    bases += kSlots;
   }
 }
 
-template <class Isa, class Weight, class Act>
+// sums[r][t] += the kept weights of row r times their columns, for kRows rows and kVectors vectors of tokens.
+//
+//   entries  [slots][16], from the first row's on
+//   x        a tile
+//   sums     [kRows, tokens], rows sums_stride apart
+template <class Isa, int kRows, int kVectors>
+[[gnu::noinline]] void sparse_tile(const Entry* entries, int64_t slots, const float* x, float* sums,
+                                   int64_t sums_stride) {
+  using Vec = typename Isa::Vec;
+  Vec acc[kRows][kVectors];
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) acc[r][v] = Isa::zero();
+  }
+  for (int64_t slot = 0; slot < slots; ++slot) {
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const char* bytes = reinterpret_cast<const char*>(x) + entries[r].offset;
+      const float* column = reinterpret_cast<const float*>(bytes);
+      const Vec weight = Isa::broadcast(&entries[r].weight);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) acc[r][v] = Isa::fma(weight, Isa::load(column + v * Isa::kLanes), acc[r][v]);
+    }
+    entries += kBlockRows;
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      float* to = sums + r * sums_stride + v * Isa::kLanes;
+      Isa::store(to, Isa::add(Isa::load(to), acc[r][v]));
+    }
+  }
+}
+
+template <class Isa, class Weight, class Act, int kBits>
 class ManyTokens {
  public:
   explicit ManyTokens(const NMLinear& call)
-      : call_(call), blocks_((call.in_features + kManyColumns - 1) / kManyColumns) {}
+      : call_(call),
+        sizes_(call.in_features, call.out_features, call.n, call.m, call.weight_dtype),
+        column_blocks_((call.in_features + kColumns - 1) / kColumns),
+        // One cache line more, or all rows' sums would fall into the same L1 sets.
+        sums_stride_(tiles(call.tokens < kPassTokens ? call.tokens : kPassTokens) * kTileTokens + 16) {}
 
   int32_t operator()() {
+    const int64_t slots = sizes_.chunks * kSlots;
     const int64_t most = call_.tokens < kPassTokens ? call_.tokens : kPassTokens;
-    const int64_t x_floats = blocks_ * tiles(most) * kTileFloats;
-    const int64_t panel_floats = kPanelRows * kManyStride;  // also holds the tokens that are being turned
-    const int64_t thread_floats = panel_floats + kGroupPanels * kPanelRows * kPassTokens;
-    float* scratch = thread_scratch(x_floats + call_.threads * thread_floats);
+    const int64_t x_floats = column_blocks_ * tiles(most) * kTileFloats;
+    const int64_t sums_floats = kGroupBlocks * kBlockRows * sums_stride_;
+    const int64_t thread_floats = sums_floats + kEntryFloats + kTurnFloats;
+    float* scratch = thread_scratch(slots + x_floats + call_.threads * thread_floats);
     if (scratch == nullptr) return MASKPRO_NO_MEMORY;
     x_ = scratch;
+    bases_ = reinterpret_cast<int32_t*>(scratch + x_floats + call_.threads * thread_floats);
+    write_bases(call_, slots, bases_);
 #pragma omp parallel num_threads(call_.threads)
     {
       // The runtime may grant fewer threads than asked.
       const int64_t threads = omp_get_num_threads();
       const int64_t thread = omp_get_thread_num();
-      float* panel = scratch + x_floats + thread * thread_floats;
-      float* sums = panel + panel_floats;
-      const RowShare rows = row_share<Isa>(call_.out_features, thread, threads);
+      float* sums = scratch + x_floats + thread * thread_floats;
+      Entry* entries = reinterpret_cast<Entry*>(sums + sums_floats);
+      float* turned = sums + sums_floats + kEntryFloats;
+      const int64_t end = sizes_.blocks * (thread + 1) / threads;
       for (int64_t token = 0; token < call_.tokens; token += kPassTokens) {
         const int64_t rest = call_.tokens - token;
         const int64_t tokens = rest < kPassTokens ? rest : kPassTokens;
-        turn_x(token, tokens, thread, threads, panel);
+        turn_x(token, tokens, thread, threads, turned);
 #pragma omp barrier
-        for (int64_t row = rows.begin; row < rows.end; row += kGroupPanels * kPanelRows) {
-          const int64_t most_end = row + kGroupPanels * kPanelRows;
-          const int64_t end = most_end < rows.end ? most_end : rows.end;
-          multiply_rows(row, end, tokens, panel, sums);
-          store_rows(row, end, token, tokens, sums);
+        for (int64_t block = sizes_.blocks * thread / threads; block < end; block += kGroupBlocks) {
+          const int64_t group_end = block + kGroupBlocks < end ? block + kGroupBlocks : end;
+          multiply(block, group_end, tokens, entries, sums);
+          for (int64_t b = block; b < group_end; ++b) {
+            store_block(b, token, tokens, sums + (b - block) * kBlockRows * sums_stride_);
+          }
         }
         if (rest > kPassTokens) {
 #pragma omp barrier
@@ -109,99 +152,96 @@ class ManyTokens {
   }
 
  private:
-  static constexpr int64_t kTileTokens = 2 * Isa::kLanes;
-  static constexpr int64_t kTileFloats = kManyColumns * kTileTokens;
-  static constexpr int64_t kStepColumns = Isa::kLanes * Isa::kStepVectors;
-  static_assert(kTileTokens <= kPanelRows && kPassTokens % kTileTokens == 0, "the panel holds a tile's tokens");
-  static_assert(kPanelRows % Isa::kOuterRows == 0, "a panel is whole tiles");
+  static constexpr int kSlots = chunk_slots(kBits);
+  static constexpr int64_t kTileTokens = kTileVectors * Isa::kLanes;
+  static constexpr int64_t kTileFloats = kTileBytes / sizeof(float);
+  static constexpr int64_t kColumns = kTileFloats / kTileTokens;
+  // A column block may begin and end within a chunk.
+  static constexpr int64_t kEntryFloats = (kColumns + 2 * kSlots) * kBlockRows * sizeof(Entry) / sizeof(float);
+  static constexpr int64_t kTurnStride = kColumns + 16;  // or all tokens would fall into the same L1 sets
+  static constexpr int64_t kTurnFloats = kTileTokens * kTurnStride;
+  static_assert(kColumns % 32 == 0, "a column block is whole groups");
+  static_assert(kTileTokens * sizeof(float) == 1 << Isa::kColumnShift, "bytes of a column in a tile");
+  static_assert(kPassTokens % kTileTokens == 0, "a pass is whole tiles");
 
   static int64_t tiles(int64_t tokens) { return (tokens + kTileTokens - 1) / kTileTokens; }
 
-  // Columns of a block, up to a whole step.
-  int64_t width(int64_t block) const {
-    const int64_t rest = call_.in_features - block * kManyColumns;
-    return rest < kManyColumns ? (rest + kStepColumns - 1) / kStepColumns * kStepColumns : kManyColumns;
+  float* tile(int64_t column_block, int64_t number, int64_t tokens) const {
+    return x_ + (column_block * tiles(tokens) + number) * kTileFloats;
   }
 
   void turn_x(int64_t token, int64_t tokens, int64_t thread, int64_t threads, float* rows) const {
-    const int64_t pieces = blocks_ * tiles(tokens);
+    const int64_t pieces = column_blocks_ * tiles(tokens);
     for (int64_t piece = pieces * thread / threads; piece < pieces * (thread + 1) / threads; ++piece) {
-      const int64_t column = piece / tiles(tokens) * kManyColumns;
+      const int64_t column = piece / tiles(tokens) * kColumns;
       const int64_t first = piece % tiles(tokens) * kTileTokens;
       const int64_t rest = call_.in_features - column;
-      const int64_t count = rest < kManyColumns ? rest : kManyColumns;
+      const int64_t count = rest < kColumns ? rest : kColumns;
       for (int64_t t = 0; t < kTileTokens; ++t) {
-        float* to = rows + t * kManyStride;
+        float* to = rows + t * kTurnStride;
         if (first + t >= tokens) {
-          memset(to, 0, kManyColumns * sizeof(float));
+          memset(to, 0, kColumns * sizeof(float));
           continue;
         }
-        const Act* from = static_cast<const Act*>(call_.x) + (token + first + t) * call_.in_features + column;
-        convert_activations<Isa>(from, count, call_.weight_dtype, to);
+        convert<Isa>(static_cast<const Act*>(call_.x) + (token + first + t) * call_.in_features + column, count, to);
       }
       float* to = x_ + piece * kTileFloats;
-      const int64_t columns = width(piece / tiles(tokens));
-      for (int64_t c = 0; c < columns; ++c) {
-        for (int64_t t = 0; t < kTileTokens; ++t) to[c * kTileTokens + t] = rows[t * kManyStride + c];
+      for (int64_t c = 0; c < count; ++c) {
+        for (int64_t t = 0; t < kTileTokens; ++t) to[c * kTileTokens + t] = rows[t * kTurnStride + c];
       }
     }
   }
 
-  // sums = W x^T for the rows [row, row_end) of one group: [row][kPassTokens].
-  void multiply_rows(int64_t row, int64_t row_end, int64_t tokens, float* panel, float* sums) const {
-    memset(sums, 0, kGroupPanels * kPanelRows * kPassTokens * sizeof(float));
-    for (int64_t block = 0; block < blocks_; ++block) {
-      for (int64_t first = row; first < row_end; first += kPanelRows) {
-        const int64_t end = row_end - first < kPanelRows ? row_end : first + kPanelRows;
-        if (Isa::regular(call_.n, call_.m)) {
-          expand_panel<PackedRows<Isa, Weight, true>>(first, end, block, panel);
-        } else {
-          expand_panel<PackedRows<Isa, Weight, false>>(first, end, block, panel);
-        }
-        float* panel_sums = sums + (first - row) * kPassTokens;
-        for (int64_t r = 0; r < end - first; r += Isa::kOuterRows) {
-          for (int64_t tile = 0; tile < tiles(tokens); ++tile) {
-            const float* x = x_ + (block * tiles(tokens) + tile) * kTileFloats;
-            multiply_some<Isa::kOuterRows>(end - first - r, panel + r * kManyStride, x, width(block),
-                                           panel_sums + r * kPassTokens + tile * kTileTokens);
-          }
+  // sums = W x^T for the blocks [block, end) of one group: [row][token].
+  void multiply(int64_t block, int64_t end, int64_t tokens, Entry* entries, float* sums) const {
+    memset(sums, 0, static_cast<size_t>((end - block) * kBlockRows * sums_stride_) * sizeof(float));
+    for (int64_t columns = 0; columns < column_blocks_; ++columns) {
+      const int64_t column = columns * kColumns;
+      const int64_t column_end = column + kColumns < call_.in_features ? column + kColumns : call_.in_features;
+      const int64_t slot = column / call_.m * call_.n;
+      const int64_t slot_end = column_end / call_.m * call_.n;
+      const int64_t chunk = slot / kSlots;
+      const int64_t chunks = (slot_end + kSlots - 1) / kSlots - chunk;
+      const int64_t skipped = (slot - chunk * kSlots) * kBlockRows;
+      for (int64_t b = block; b < end; ++b) {
+        const uint8_t* from = call_.weight + b * sizes_.block_bytes + chunk * chunk_bytes(kBits, sizeof(Weight));
+        decode<Isa, Weight, kBits>(from, chunks, bases_ + chunk * kSlots, static_cast<int32_t>(column), entries);
+        float* block_sums = sums + (b - block) * kBlockRows * sums_stride_;
+        for (int64_t number = 0; number < tiles(tokens); ++number) {
+          const int64_t first = number * kTileTokens;
+          multiply_tile<kTileVectors>(tokens - first, entries + skipped, slot_end - slot,
+                                      tile(columns, number, tokens), block_sums + first);
         }
       }
     }
   }
 
-  template <class Packed>
-  void expand_panel(int64_t row, int64_t row_end, int64_t block, float* panel) const {
-    for (int64_t tile = row; tile < row_end; tile += kTileRows) {
-      expand_rows<Isa>(Packed(call_, tile, row_end, block * kManyColumns, kManyColumns),
-                       panel + (tile - row) * kManyStride, kManyStride);
+  // Finds the tile of as few vectors as hold min(tokens, kTileTokens) tokens.
+  template <int kVectors>
+  void multiply_tile(int64_t tokens, const Entry* entries, int64_t slots, const float* x, float* sums) const {
+    if constexpr (kVectors > 1) {
+      if (tokens <= (kVectors - 1) * Isa::kLanes) return multiply_tile<kVectors - 1>(tokens, entries, slots, x, sums);
+    }
+    for (int r = 0; r < kBlockRows; r += kTileRows) {
+      sparse_tile<Isa, kTileRows, kVectors>(entries + r, slots, x, sums + r * sums_stride_, sums_stride_);
     }
   }
 
-  // Finds the tile of min(rows, kRows) rows.
-  template <int kRows>
-  static void multiply_some(int64_t rows, const float* w, const float* x, int64_t columns, float* sums) {
-    if constexpr (kRows > 1) {
-      if (rows < kRows) return multiply_some<kRows - 1>(rows, w, x, columns, sums);
-    }
-    outer_tile<Isa, kRows>(w, x, columns, sums);
-  }
-
-  void store_rows(int64_t row, int64_t row_end, int64_t token, int64_t tokens, const float* sums) const {
-    constexpr int64_t kRows = kGroupPanels * kPanelRows;
-    float bias[kRows + kStepColumns];
-    load_bias<Isa>(call_, row, row_end - row, bias);
-    Act* y = static_cast<Act*>(call_.y) + token * call_.out_features + row;
+  void store_block(int64_t block, int64_t token, int64_t tokens, const float* sums) const {
+    const BlockOutputs<Isa, Act> outputs(call_, block);
     for (int64_t t = 0; t < tokens; ++t) {
-      float outputs[kRows];
-      for (int64_t r = 0; r < row_end - row; ++r) outputs[r] = sums[r * kPassTokens + t];
-      store_outputs<Isa>(outputs, bias, row_end - row, y + t * call_.out_features);
+      float values[kBlockRows];
+      for (int64_t r = 0; r < kBlockRows; ++r) values[r] = sums[r * sums_stride_ + t];
+      outputs.store(token + t, values);
     }
   }
 
   const NMLinear& call_;
-  const int64_t blocks_;
+  const Interleaved sizes_;
+  const int64_t column_blocks_;
+  const int64_t sums_stride_;
   float* x_ = nullptr;
+  int32_t* bases_ = nullptr;
 };
 
 }  // namespace maskpro

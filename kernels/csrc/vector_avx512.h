@@ -1,9 +1,4 @@
-// Sixteen float32 lanes of AVX-512 (F, BW, DQ, VL, VBMI2) and BMI2.
-//
-// vpexpandw and vpexpandd (VBMI2, F) are the inverse of packing: they deal consecutive elements to the
-// lanes whose mask bit is set and zero the rest, so every N:M pattern costs the same. A step is 32
-// columns, the words of a register. Thirty-two bfloat16 become two vectors of float32 by a shift and an
-// AND, but the even columns and the odd: activations are then stored in that order.
+// Sixteen float32 lanes of AVX-512 (F, BW, DQ, VL): a slot of a block is a register.
 #ifndef MASKPRO_VECTOR_AVX512_H_
 #define MASKPRO_VECTOR_AVX512_H_
 
@@ -12,39 +7,22 @@
 #include <string.h>
 
 #include "element_types.h"
+#include "interleaved.h"
 
 namespace maskpro {
 
 struct Avx512 {
   using Vec = __m512;
   static constexpr int kLanes = 16;
-  static constexpr int kStepVectors = 2;
-  static constexpr int kTileTokens = 6;     // 6 tokens x 4 rows = 24 of 32 registers hold sums
-  static constexpr int kDirectTokens = 18;  // measured: beyond this it is faster to expand a weight once
-  static constexpr int kOuterRows = 12;     // 12 rows x 2 vectors of tokens = 24 of 32 registers hold sums
-
-  // Whether the lanes of a step of bfloat16 weights are its even columns, then its odd ones.
-  static constexpr bool kEvenOddBF16 = true;
-
-  // Whether every step keeps the same number of weights, at most half: then a row is walked by a constant
-  // stride instead of by counting bits, and half a register of words is loaded.
-  static bool regular(int32_t n, int32_t m) { return 2 * n <= m; }
-
-  // How many values expand() may read from where it is pointed.
-  template <bool kRegular>
-  static constexpr int kWindow = 2 * kLanes;
-
-  static uint32_t bits(const uint8_t* row, int64_t step) {
-    uint32_t bits;
-    memcpy(&bits, row + 4 * step, sizeof bits);
-    return bits;
+  static constexpr int kTileTokens = 8;   // 8 of 32 registers hold sums
+  // By index_bits; beyond this many, tokens in lanes are faster.
+  static constexpr int64_t few_tokens(int32_t bits) {
+    return bits == 0 ? 32 : bits == 2 ? 16 : bits == 3 ? 16 : bits == 4 ? 16 : 8;
   }
-  // The row's last bits: `count` of them, the others zero.
-  static uint32_t last_bits(const uint8_t* row, int64_t step, int64_t count) {
-    uint32_t bits = 0;
-    memcpy(&bits, row + 4 * step, static_cast<size_t>(count + 7) / 8);
-    return bits;
-  }
+  static constexpr int kColumnShift = 8;  // nm_linear_many.h: a column of a tile is 4 vectors
+
+  using Indices = __m512i;
+  static constexpr int kVectors = kBlockRows / kLanes;
 
   static Vec zero() { return _mm512_setzero_ps(); }
   static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
@@ -71,78 +49,60 @@ struct Avx512 {
     store256(p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, quiet), 16)));
   }
 
-  // Parts the 32 columns of a step, given as two vectors, into even and odd ones.
-  static void part_even_odd(Vec (&v)[kStepVectors]) {
-    const __m512i even = _mm512_add_epi32(lane_numbers(), lane_numbers());
-    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
-    const Vec odds = _mm512_permutex2var_ps(v[0], odd, v[1]);
-    v[0] = _mm512_permutex2var_ps(v[0], even, v[1]);
-    v[1] = odds;
+  static void load_indices(const uint8_t* p, Indices (&indices)[kVectors]) { indices[0] = _mm512_loadu_si512(p); }
+
+  static void load_slot(const float* p, Vec (&w)[kVectors]) { w[0] = load(p); }
+  static void load_slot(const F16* p, Vec (&w)[kVectors]) { w[0] = load(p); }
+  // A bfloat16 is the upper half of a float32: the even words are rows 0 to 7, the odd ones 8 to 15.
+  static void load_slot(const BF16* p, Vec (&w)[kVectors]) {
+    const __m256i words = load256(p);
+    const __m256i low = _mm256_slli_epi32(words, 16);
+    const __m256i high = _mm256_and_si256(words, _mm256_set1_epi32(static_cast<int>(0xffff0000)));
+    w[0] = _mm512_castsi512_ps(_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
+  }
+  static void load_slot(const int8_t* p, Vec (&w)[kVectors]) {
+    w[0] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
   }
 
-  template <bool kRegular, class Weight>
-  static void expand(const Weight* p, uint32_t bits, int64_t, Vec (&w)[kStepVectors]) {
-    if constexpr (sizeof(Weight) == 4) {
-      w[0] = _mm512_maskz_expand_ps(static_cast<__mmask16>(bits), load(p));
-      w[1] = _mm512_maskz_expand_ps(static_cast<__mmask16>(bits >> 16), load(p + count(bits & 0xffff)));
+  // Each lane's own of a group's activations: by index j of its row, or the only one. A permute ignores the bits above
+  // its own, which belong to the next slots; for groups of eight, twice over, bit 3 chooses between equals.
+  template <int kBits>
+  static Vec pick(const float* group, Indices indices, int j) {
+    if constexpr (kBits == 0) {
+      return broadcast(group);
     } else {
-      widen(expand_words(load_words<kRegular>(p), bits), w, p);
+      const __m512i index = _mm512_srli_epi32(indices, static_cast<unsigned>(j * kBits));
+      if constexpr (kBits == 2) {
+        return _mm512_permutevar_ps(_mm512_broadcast_f32x4(_mm_loadu_ps(group)), index);
+      } else if constexpr (kBits == 3) {
+        return _mm512_permutexvar_ps(index, _mm512_broadcast_f32x8(_mm256_loadu_ps(group)));
+      } else if constexpr (kBits == 4) {
+        return _mm512_permutexvar_ps(index, load(group));
+      } else {
+        return _mm512_permutex2var_ps(load(group), index, load(group + kLanes));
+      }
     }
   }
 
-  // As expand(), but reads only the values that the bits keep.
-  template <class Weight>
-  static void expand_exact(const Weight* p, uint32_t bits, Vec (&w)[kStepVectors]) {
-    if constexpr (sizeof(Weight) == 4) {
-      w[0] = _mm512_maskz_expandloadu_ps(static_cast<__mmask16>(bits), p);
-      w[1] = _mm512_maskz_expandloadu_ps(static_cast<__mmask16>(bits >> 16), p + count(bits & 0xffff));
-    } else {
-      const __mmask32 kept = _bzhi_u32(~0u, static_cast<uint32_t>(count(bits)));
-      widen(expand_words(_mm512_maskz_loadu_epi16(kept, p), bits), w, p);
+  // Entries {weight, offset} of nm_linear_many.h for consecutive rows; an offset is (base + index j) * bytes of a
+  // column.
+  template <int kBits>
+  static void store_entries(float* to, Vec w, Indices indices, int j, int32_t base) {
+    __m512i column = _mm512_set1_epi32(base);
+    if constexpr (kBits > 0) {
+      const __m512i index = _mm512_srli_epi32(indices, static_cast<unsigned>(j * kBits));
+      column = _mm512_add_epi32(column, _mm512_and_si512(index, _mm512_set1_epi32((1 << kBits) - 1)));
     }
-  }
-
-  static int count(uint32_t bits) { return _mm_popcnt_u32(bits); }
-
-  // sums[i] += the sum of v[i]'s lanes. Two transposing steps sum four vectors at the price of one.
-  static void accumulate(float* sums, const Vec (&v)[4]) {
-    const Vec ab = add(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
-    const Vec cd = add(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
-    const Vec abcd = add(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
-    const Vec halves = add(abcd, _mm512_shuffle_f32x4(abcd, abcd, 0x4e));
-    const Vec total = add(halves, _mm512_shuffle_f32x4(halves, halves, 0xb1));
-    _mm_storeu_ps(sums, _mm_add_ps(_mm_loadu_ps(sums), _mm512_castps512_ps128(total)));
+    const Vec offsets = _mm512_castsi512_ps(_mm512_slli_epi32(column, kColumnShift));
+    const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+    store(to, _mm512_permutex2var_ps(w, low, offsets));
+    store(to + kLanes, _mm512_permutex2var_ps(w, high, offsets));
   }
 
  private:
   static __m256i load256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
   static void store256(void* p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
-
-  static __m512i lane_numbers() {
-    return _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-  }
-
-  template <bool kRegular>
-  static __m512i load_words(const void* p) {
-    if constexpr (kRegular) return _mm512_castsi256_si512(load256(p));
-    return _mm512_loadu_si512(p);
-  }
-
-  // In place: with another destination, Zen 4 waits for that register's last value, eight cycles a time.
-  static __m512i expand_words(__m512i words, uint32_t bits) {
-    asm("vpexpandw %0, %0%{%1%}%{z%}" : "+v"(words) : "Yk"(static_cast<__mmask32>(bits)));
-    return words;
-  }
-
-  // A bfloat16 is the upper half of a float32.
-  static void widen(__m512i words, Vec (&w)[kStepVectors], const BF16*) {
-    w[0] = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
-    w[1] = _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
-  }
-  static void widen(__m512i words, Vec (&w)[kStepVectors], const F16*) {
-    w[0] = _mm512_cvtph_ps(_mm512_castsi512_si256(words));
-    w[1] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(words, 1));
-  }
 };
 
 }  // namespace maskpro

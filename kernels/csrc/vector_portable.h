@@ -6,29 +6,22 @@
 #include <string.h>
 
 #include "element_types.h"
+#include "interleaved.h"
 
 namespace maskpro {
 
 struct Portable {
   typedef float Vec __attribute__((vector_size(16)));
   static constexpr int kLanes = 4;
-  static constexpr int kStepVectors = 1;
-  static constexpr int kTileTokens = 2;    // 2 tokens x 4 rows = 8 of 16 registers hold sums
-  static constexpr int kDirectTokens = 2;  // measured: beyond this it is faster to expand a weight once
-  static constexpr int kOuterRows = 6;     // 6 rows x 2 vectors of tokens = 12 of 16 registers hold sums
+  static constexpr int kTileTokens = 2;   // 2 tokens x 16 rows = 8 of 16 registers hold sums
+  // By index_bits; measured: beyond this many, tokens in lanes are faster.
+  static constexpr int64_t few_tokens(int32_t bits) {
+    return bits == 0 ? 8 : bits == 2 ? 4 : bits == 3 ? 4 : bits == 4 ? 4 : 4;
+  }
+  static constexpr int kColumnShift = 6;  // nm_linear_many.h: a column of a tile is 4 vectors
 
-  // Whether every nibble of bitmask keeps the same number of weights.
-  static bool regular(int32_t, int32_t m) { return m == kLanes; }
-
-  // Whether the lanes of a step of bfloat16 weights are its even columns, then its odd ones.
-  static constexpr bool kEvenOddBF16 = false;
-
-  // How many values expand() may read from where it is pointed.
-  template <bool kRegular>
-  static constexpr int kWindow = kLanes;
-
-  static uint32_t bits(const uint8_t* row, int64_t step) { return row[step >> 1] >> (4 * (step & 1)) & 15u; }
-  static uint32_t last_bits(const uint8_t* row, int64_t step, int64_t) { return bits(row, step); }
+  typedef uint32_t Indices __attribute__((vector_size(16)));
+  static constexpr int kVectors = kBlockRows / kLanes;
 
   static Vec zero() { return Vec{}; }
   static Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
@@ -49,38 +42,40 @@ struct Portable {
     for (int i = 0; i < kLanes; ++i) from_float(v[i], p + i);
   }
 
-  // No branch and no select: the bits are as good as random to a branch predictor.
-  template <bool kRegular, class Weight>
-  static void expand(const Weight* p, uint32_t bits, int64_t, Vec (&w)[kStepVectors]) {
-    const uint32_t rank1 = bits & 1;
-    const uint32_t rank2 = rank1 + (bits >> 1 & 1);
-    const uint32_t rank3 = rank2 + (bits >> 2 & 1);
-    const Vec dealt{to_float(p[0]), to_float(p[rank1]), to_float(p[rank2]), to_float(p[rank3])};
-    const int32_t word = static_cast<int32_t>(bits);
-    const Lanes kept = (Lanes{word, word, word, word} & Lanes{1, 2, 4, 8}) != 0;
-    w[0] = reinterpret_cast<Vec>(reinterpret_cast<Lanes>(dealt) & kept);
+  static void load_indices(const uint8_t* p, Indices (&indices)[kVectors]) { memcpy(indices, p, sizeof indices); }
+
+  template <class Element>
+  static void load_slot(const Element* p, Vec (&w)[kVectors]) {
+    for (int v = 0; v < kVectors; ++v) w[v] = load(p + v * kLanes);
   }
-  // As expand(), but reads only the values that the bits keep.
-  template <class Weight>
-  static void expand_exact(const Weight* p, uint32_t bits, Vec (&w)[kStepVectors]) {
-    Weight values[kLanes] = {};
-    memcpy(values, p, static_cast<size_t>(count(bits)) * sizeof(Weight));
-    expand<false>(values, bits, 0, w);
+  static void load_slot(const BF16* p, Vec (&w)[kVectors]) {
+    for (int v = 0; v < kVectors / 2; ++v, p += 2 * kLanes) {
+      w[v] = Vec{to_float(p[0]), to_float(p[2]), to_float(p[4]), to_float(p[6])};
+      w[v + kVectors / 2] = Vec{to_float(p[1]), to_float(p[3]), to_float(p[5]), to_float(p[7])};
+    }
   }
 
-  static int count(uint32_t bits) {
-    bits -= bits >> 1 & 5;
-    return static_cast<int>((bits & 3) + (bits >> 2));
+  // Each lane's own of a group's activations: by index j of its row, or the only one.
+  template <int kBits>
+  static Vec pick(const float* group, Indices indices, int j) {
+    if constexpr (kBits == 0) return broadcast(group);
+    const Indices index = indices >> (j * kBits) & ((1u << kBits) - 1);
+    return Vec{group[index[0]], group[index[1]], group[index[2]], group[index[3]]};
   }
 
-  // sums[i] += the sum of v[i]'s lanes.
-  static void accumulate(float* sums, const Vec (&v)[4]) {
-    for (int i = 0; i < 4; ++i) sums[i] += (v[i][0] + v[i][1]) + (v[i][2] + v[i][3]);
+  // Entries {weight, offset} of nm_linear_many.h for consecutive rows; an offset is (base + index j) * bytes of a
+  // column.
+  template <int kBits>
+  static void store_entries(float* to, Vec w, Indices indices, int j, int32_t base) {
+    for (int i = 0; i < kLanes; ++i) {
+      const uint32_t index = kBits == 0 ? 0 : indices[i] >> (j * kBits) & ((1u << kBits) - 1);
+      const int32_t offset = (base + static_cast<int32_t>(index)) * (1 << kColumnShift);
+      to[2 * i] = w[i];
+      memcpy(to + 2 * i + 1, &offset, sizeof offset);
+    }
   }
 
  private:
-  typedef int32_t Lanes __attribute__((vector_size(16)));
-
   static float from_bits(uint32_t bits) {
     float f;
     memcpy(&f, &bits, sizeof f);
@@ -93,6 +88,7 @@ struct Portable {
   }
 
   static float to_float(float f) { return f; }
+  static float to_float(int8_t i) { return i; }
   static float to_float(BF16 h) { return from_bits(static_cast<uint32_t>(h.bits) << 16); }
   static float to_float(F16 h) {
     const uint32_t magnitude = h.bits & 0x7fffu;

@@ -6,6 +6,7 @@
 """
 
 from maskpro_kernels.errors import NativeLibraryError, UnsupportedKernelError
+from maskpro_kernels.int8 import to_int8
 from maskpro_kernels.masks import MaskFile, MaskFileError, read_masks, write_masks
 from maskpro_kernels.ops import nm_linear
 from maskpro_kernels.packing import NMWeight, pack, unpack
@@ -27,6 +28,7 @@ __all__ = [
     "read_masks",
     "read_recovery",
     "recovered",
+    "to_int8",
     "unpack",
     "write_masks",
     "write_recovery",

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from maskpro_kernels.errors import NativeLibraryError
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 LIBRARY_NAME = "libmaskpro_kernels.so"
 
 ISA_CODES = {"portable": 0, "avx2": 1, "avx512": 2}
-_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 _STATUS = {1: "bad argument", 2: "instruction set not available", 3: "out of memory"}
 
 
@@ -76,6 +76,10 @@ def library() -> ctypes.CDLL:
     i32, i64, pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
     lib.maskpro_isa_available.argtypes = [i32]
     lib.maskpro_isa_available.restype = i32
+    lib.maskpro_interleaved_bytes.argtypes = [i64, i64, i32, i32, i32]
+    lib.maskpro_interleaved_bytes.restype = i64
+    lib.maskpro_interleave.argtypes = [pointer] * 3 + [i64, i64] + [i32] * 4
+    lib.maskpro_interleave.restype = i32
     lib.maskpro_nm_linear.argtypes = [pointer] * 5 + [i64] * 3 + [i32] * 7
     lib.maskpro_nm_linear.restype = i32
     u32, u64 = ctypes.c_uint32, ctypes.c_uint64
@@ -93,18 +97,58 @@ def available_isas() -> tuple[str, ...]:
     return tuple(isa for isa, code in reversed(ISA_CODES.items()) if lib.maskpro_isa_available(code))
 
 
+def interleaved_bytes(in_features: int, out_features: int, n: int, m: int, dtype: torch.dtype) -> int:
+    """Bytes of a weight of that dtype in the order of :func:`interleave`; -1 for an impossible one."""
+    size: int = library().maskpro_interleaved_bytes(in_features, out_features, n, m, _DTYPE_CODES[dtype])
+    return size
+
+
+def interleave(values: Tensor, bitmask: Tensor | None, in_features: int, n: int, m: int, threads: int) -> Tensor:
+    """Brings a packed weight into the order that :func:`nm_linear` reads (csrc/interleaved.h).
+
+    Args:
+        values: (out_features, in_features * n / m), contiguous.
+        bitmask: uint8 (out_features, ceil(in_features / 8)), contiguous, exactly n per group; None where n is m.
+        in_features: columns of the weight, which m divides.
+        n: kept weights per group.
+        m: group size.
+        threads: OpenMP threads to use, at least 1.
+
+    Returns:
+        uint8, as many bytes as the order takes.
+    """
+    out_features, dtype = values.shape[0], _DTYPE_CODES[values.dtype]
+    size = interleaved_bytes(in_features, out_features, n, m, values.dtype)
+    status = 1
+    if size >= 0:
+        weight = torch.empty(size, dtype=torch.uint8)
+        status = library().maskpro_interleave(
+            weight.data_ptr(), values.data_ptr(), None if bitmask is None else bitmask.data_ptr(), in_features,
+            out_features, n, m, dtype, threads,
+        )  # fmt: skip
+    if status:
+        raise RuntimeError(
+            f"native interleave failed: {_STATUS.get(status, status)} (weight {out_features} x {in_features} "
+            f"{values.dtype}, {n}:{m}, {threads} threads)"
+        )
+    return weight
+
+
 def nm_linear(
-    x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, n: int, m: int, isa: str, threads: int
-) -> Tensor:
+    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, out_features: int, n: int, m: int,
+    dtype: torch.dtype, isa: str, threads: int,
+) -> Tensor:  # fmt: skip
     """Calls the native kernel; arguments were checked by :mod:`maskpro_kernels.ops`.
 
     Args:
         x: (tokens, in_features), contiguous.
-        values: (out_features, in_features * n / m), contiguous.
-        bitmask: uint8 (out_features, ceil(in_features / 8)), contiguous.
+        weight: from :func:`interleave`.
+        scale: float32 (out_features,) contiguous, or None for ones.
         bias: (out_features,) contiguous, or None.
+        out_features: rows of the weight.
         n: kept weights per group.
         m: group size.
+        dtype: of the kept values.
         isa: one of :func:`available_isas`.
         threads: OpenMP threads to use, at least 1.
 
@@ -112,13 +156,12 @@ def nm_linear(
         (tokens, out_features), dtype of x.
     """
     tokens, in_features = x.shape
-    out_features = values.shape[0]
     y = torch.empty((tokens, out_features), dtype=x.dtype)
     status = library().maskpro_nm_linear(
         y.data_ptr(),
         x.data_ptr(),
-        values.data_ptr(),
-        bitmask.data_ptr(),
+        weight.data_ptr(),
+        None if scale is None else scale.data_ptr(),
         None if bias is None else bias.data_ptr(),
         tokens,
         in_features,
@@ -126,7 +169,7 @@ def nm_linear(
         n,
         m,
         _DTYPE_CODES[x.dtype],
-        _DTYPE_CODES[values.dtype],
+        _DTYPE_CODES[dtype],
         0 if bias is None else _DTYPE_CODES[bias.dtype],
         ISA_CODES[isa],
         threads,
@@ -134,7 +177,7 @@ def nm_linear(
     if status:
         raise RuntimeError(
             f"native nm_linear failed: {_STATUS.get(status, status)} (x {tuple(x.shape)} {x.dtype}, weight "
-            f"{out_features} x {in_features} {values.dtype}, {n}:{m}, {isa}, {threads} threads)"
+            f"{out_features} x {in_features} {dtype}, {n}:{m}, {isa}, {threads} threads)"
         )
     return y
 

@@ -1,4 +1,7 @@
-"""The operator ``torch.ops.maskpro.nm_linear``: schema, fake, CPU implementation, and its Python face."""
+"""The operators of torch.ops.maskpro, their fakes and CPU implementations, and their Python face.
+
+``nm_linear`` takes a weight as it is stored, ``nm_linear_interleaved`` as the CPU kernels read it.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +12,29 @@ from torch import Tensor
 
 from maskpro_kernels import _cpu
 from maskpro_kernels.bits import bitmask_width
+from maskpro_kernels.interleaved import InterleavedWeight, remembered
 from maskpro_kernels.packing import NMWeight
 from maskpro_kernels.pattern import NMPattern
 from maskpro_kernels.reference import nm_linear_reference
 from maskpro_kernels.support import select_backend
 
 _library = torch.library.Library("maskpro", "DEF")
-_library.define("nm_linear(Tensor x, Tensor values, Tensor bitmask, Tensor? bias, int n, int m) -> Tensor")
+_library.define(
+    "nm_linear(Tensor x, Tensor values, Tensor bitmask, Tensor? scale, Tensor? bias, int n, int m) -> Tensor"
+)
+_library.define(
+    "nm_linear_interleaved(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, int out_features, int in_features, "
+    "int n, int m, ScalarType dtype) -> Tensor"
+)
 
 
-def nm_linear(x: Tensor, weight: NMWeight, bias: Tensor | None = None) -> Tensor:
+def nm_linear(x: Tensor, weight: NMWeight | InterleavedWeight, bias: Tensor | None = None) -> Tensor:
     """Multiplies activations by an (N:M)-sparse weight: ``y = x @ W.T + bias``.
 
     Args:
         x: (..., in_features), float32, bfloat16 or float16.
-        weight: packed weight, logically (out_features, in_features); N of every M consecutive inputs are kept.
+        weight: packed weight, logically (out_features, in_features); N of every M consecutive inputs are kept. The CPU
+            kernels need it interleaved: a packed one is, at its first use, and takes its memory twice from then on.
         bias: (out_features,) or None.
 
     Returns:
@@ -33,10 +44,16 @@ def nm_linear(x: Tensor, weight: NMWeight, bias: Tensor | None = None) -> Tensor
         ValueError: in_features disagrees (the message gives both), or the bias does.
         UnsupportedKernelError: no backend covers (pattern, dtype, device); the message lists those that do.
 
-    Cost: reads out * in * (N/M * dtype bytes + 1/8) bytes of weight; memory-bound for few tokens.
+    Cost: reads out * in * (N/M * dtype bytes + 1/8) bytes of weight for M = 4 (csrc/interleaved.h has the rest);
+        memory-bound for few tokens.
     Source: FORMAT.md for the layout; MaskPro (arXiv:2506.12876) for the pattern.
     """
-    return torch.ops.maskpro.nm_linear(x, weight.values, weight.bitmask, bias, weight.pattern.n, weight.pattern.m)
+    n, m = weight.pattern.n, weight.pattern.m
+    if isinstance(weight, NMWeight):
+        return torch.ops.maskpro.nm_linear(x, weight.values, weight.bitmask, weight.scale, bias, n, m)
+    return torch.ops.maskpro.nm_linear_interleaved(
+        x, weight.data, weight.scale, bias, *weight.shape, n, m, weight.dtype
+    )
 
 
 # Called for every linear of every step: a microsecond here is one per cent of a small model's token.
@@ -65,6 +82,10 @@ def _check(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, patt
         raise ValueError(
             f"nm_linear: bitmask of shape {tuple(bitmask.shape)}, expected {(out_features, bitmask_width(in_features))}"
         )
+    _check_bias(x, bias, out_features)
+
+
+def _check_bias(x: Tensor, bias: Tensor | None, out_features: int) -> None:
     if bias is None:
         return
     if tuple(bias.shape) != (out_features,):
@@ -75,31 +96,87 @@ def _check(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, patt
         )
 
 
-def _forward(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, n: int, m: int) -> Tensor:
+def _check_scale(scale: Tensor | None, dtype: torch.dtype, out_features: int) -> None:
+    if scale is None and dtype != torch.int8:
+        return
+    if scale is None or dtype != torch.int8:
+        raise ValueError(f"nm_linear: expected a scale with int8 weights, and only then; they are {dtype}")
+    if scale.dtype != torch.float32 or tuple(scale.shape) != (out_features,) or not scale.is_contiguous():
+        raise ValueError(
+            f"nm_linear: scale: expected contiguous torch.float32 {(out_features,)}, found {scale.dtype} "
+            f"{tuple(scale.shape)}"
+        )
+
+
+def _forward(
+    x: Tensor, values: Tensor, bitmask: Tensor, scale: Tensor | None, bias: Tensor | None, n: int, m: int
+) -> Tensor:
     pattern = _pattern(n, m)
     _check(x, values, bitmask, bias, pattern)
+    _check_scale(scale, values.dtype, values.shape[0])
     backend = select_backend(pattern, x.dtype, values.dtype, x.device.type)
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if backend.isa is None:
-        y = nm_linear_reference(rows, values, bitmask, bias)
-    else:
-        y = _cpu.nm_linear(
-            rows.contiguous(),
-            values.contiguous(),
-            bitmask.contiguous(),
-            None if bias is None else bias.contiguous(),
-            n,
-            m,
-            backend.isa,
-            torch.get_num_threads(),
+        rows = x.reshape(-1, x.shape[-1])
+        return nm_linear_reference(rows, values, bitmask, scale, bias).reshape(*x.shape[:-1], values.shape[0])
+    weight = remembered(values, bitmask, x.shape[-1], pattern)
+    return _native(x, weight, scale, bias, values.shape[0], n, m, values.dtype, backend.isa)
+
+
+def _forward_interleaved(
+    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, out_features: int, in_features: int, n: int,
+    m: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    pattern = _pattern(n, m)
+    if x.dim() < 1 or x.shape[-1] != in_features:
+        raise ValueError(
+            f"nm_linear: expected x (..., {in_features}), in_features of the weight, found {tuple(x.shape)}"
         )
-    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], values.shape[0])
+    size = _interleaved_bytes(in_features, out_features, n, m, dtype)
+    if weight.numel() != size or weight.dtype != torch.uint8:
+        raise ValueError(
+            f"nm_linear: expected an interleaved weight of {size} bytes ({pattern}, {out_features} x {in_features}, "
+            f"{dtype}), found {weight.numel()} of {weight.dtype}"
+        )
+    _check_scale(scale, dtype, out_features)
+    _check_bias(x, bias, out_features)
+    backend = select_backend(pattern, x.dtype, dtype, "cpu")
+    if backend.isa is None:
+        raise ValueError(f"nm_linear: {backend.name} reads weights as they are stored, not interleaved ones")
+    return _native(x, weight, scale, bias, out_features, n, m, dtype, backend.isa)
 
 
-def _fake(x: Tensor, values: Tensor, bitmask: Tensor, bias: Tensor | None, n: int, m: int) -> Tensor:
+@functools.cache
+def _interleaved_bytes(in_features: int, out_features: int, n: int, m: int, dtype: torch.dtype) -> int:
+    return _cpu.interleaved_bytes(in_features, out_features, n, m, dtype)
+
+
+def _native(
+    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, out_features: int, n: int, m: int,
+    dtype: torch.dtype, isa: str,
+) -> Tensor:  # fmt: skip
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    y = _cpu.nm_linear(
+        rows.contiguous(), weight, scale, None if bias is None else bias.contiguous(), out_features, n, m, dtype, isa,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], out_features)
+
+
+def _fake(
+    x: Tensor, values: Tensor, bitmask: Tensor, scale: Tensor | None, bias: Tensor | None, n: int, m: int
+) -> Tensor:
     return x.new_empty((*x.shape[:-1], values.shape[0]))
+
+
+def _fake_interleaved(
+    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, out_features: int, in_features: int, n: int,
+    m: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return x.new_empty((*x.shape[:-1], out_features))
 
 
 _library.impl("nm_linear", _forward, "CPU")
 _library.impl("nm_linear", _forward, "CUDA")
+_library.impl("nm_linear_interleaved", _forward_interleaved, "CPU")
 torch.library.register_fake("maskpro::nm_linear", _fake, lib=_library)
+torch.library.register_fake("maskpro::nm_linear_interleaved", _fake_interleaved, lib=_library)

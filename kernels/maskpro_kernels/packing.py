@@ -11,6 +11,7 @@ from maskpro_kernels.bits import bitmask_width, count_bits, pack_bits, unpack_bi
 from maskpro_kernels.pattern import NMPattern
 
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""What a dense weight may be, and its kept values; those may be int8 as well (:mod:`maskpro_kernels.int8`)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,10 +19,11 @@ class NMWeight:
     """A packed (N:M)-sparse weight, logically ``shape`` = (out_features, in_features).
 
     Attributes:
-        values: (out_features, in_features * n / m), the kept weights in column order.
+        values: (out_features, in_features * n / m), the kept weights in column order; of int8, in units of the scale.
         bitmask: uint8 (out_features, ceil(in_features / 8)); bit k of byte j is column 8j + k.
         shape: (out_features, in_features) of the dense weight.
         pattern: the (N:M) pattern every group obeys.
+        scale: float32 (out_features,), what a row's int8 values are multiples of; None for other dtypes.
 
     Raises:
         ValueError: the parts disagree with each other. The *content* of the bitmask is checked by
@@ -32,11 +34,19 @@ class NMWeight:
     bitmask: Tensor
     shape: tuple[int, int]
     pattern: NMPattern
+    scale: Tensor | None = None
 
     def __post_init__(self) -> None:
         out_features, in_features = self.shape
-        if self.values.dtype not in WEIGHT_DTYPES:
-            raise ValueError(f"values: expected one of {WEIGHT_DTYPES}, found {self.values.dtype}")
+        if self.values.dtype not in (*WEIGHT_DTYPES, torch.int8):
+            raise ValueError(f"values: expected one of {(*WEIGHT_DTYPES, torch.int8)}, found {self.values.dtype}")
+        if (self.values.dtype == torch.int8) != (self.scale is not None):
+            found = "none" if self.scale is None else f"one, with values of {self.values.dtype}"
+            raise ValueError(f"scale: expected one with values of torch.int8, and only then, found {found}")
+        if self.scale is not None and (self.scale.dtype != torch.float32 or tuple(self.scale.shape) != (out_features,)):
+            raise ValueError(
+                f"scale: expected torch.float32 {(out_features,)}, found {self.scale.dtype} {tuple(self.scale.shape)}"
+            )
         if self.bitmask.dtype != torch.uint8:
             raise ValueError(f"bitmask: expected torch.uint8, found {self.bitmask.dtype}")
         expected = (out_features, self.pattern.kept(in_features))
@@ -48,13 +58,13 @@ class NMWeight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the values and the bitmask."""
-        return self.values.nbytes + self.bitmask.nbytes
+        """Bytes of the values, the bitmask and the scale."""
+        return self.values.nbytes + self.bitmask.nbytes + (0 if self.scale is None else self.scale.nbytes)
 
     @property
     def dense_nbytes(self) -> int:
-        """Bytes the dense weight would take in the same dtype."""
-        return self.shape[0] * self.shape[1] * self.values.element_size()
+        """Bytes the dense weight would take in the same dtype; in 16 bits for values of int8, which come from those."""
+        return self.shape[0] * self.shape[1] * max(2, self.values.element_size())
 
 
 def magnitude_mask(weight: Tensor, pattern: NMPattern) -> Tensor:
@@ -162,15 +172,16 @@ def pack(dense: Tensor, pattern: NMPattern, mask: Tensor | None = None) -> NMWei
 
 
 def unpack(weight: NMWeight) -> Tensor:
-    """Expands a packed weight: kept values bit for bit, +0.0 elsewhere.
+    """Expands a packed weight: kept values bit for bit (of int8, times their scale), +0.0 elsewhere.
 
     Returns:
-        (out_features, in_features), dtype and device of ``weight.values``.
+        (out_features, in_features), on the device of ``weight.values`` and of its dtype; float32 for int8.
 
     Raises:
         ValueError: the bitmask does not keep exactly n in every group.
     """
     check_bitmask(weight)
     mask = unpack_bits(weight.bitmask, weight.shape[1])
-    dense = torch.zeros(weight.shape, dtype=weight.values.dtype, device=weight.values.device)
-    return dense.masked_scatter_(mask, weight.values)
+    values = weight.values if weight.scale is None else weight.values.float() * weight.scale.unsqueeze(1)
+    dense = torch.zeros(weight.shape, dtype=values.dtype, device=values.device)
+    return dense.masked_scatter_(mask, values)

@@ -49,13 +49,14 @@ class Backend:
 
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_KEPT = (*WEIGHT_DTYPES, torch.int8)
 
 # In order of preference. Every backend takes every NMPattern.
 BACKENDS = (
-    Backend("cpu-avx512", ("cpu",), _FLOATS, WEIGHT_DTYPES, isa="avx512"),
-    Backend("cpu-avx2", ("cpu",), _FLOATS, WEIGHT_DTYPES, isa="avx2"),
-    Backend("cpu-portable", ("cpu",), _FLOATS, WEIGHT_DTYPES, isa="portable"),
-    Backend("reference", ("cpu", "cuda"), (*_FLOATS, torch.float64), (*WEIGHT_DTYPES, torch.float64)),
+    Backend("cpu-avx512", ("cpu",), _FLOATS, _KEPT, isa="avx512"),
+    Backend("cpu-avx2", ("cpu",), _FLOATS, _KEPT, isa="avx2"),
+    Backend("cpu-portable", ("cpu",), _FLOATS, _KEPT, isa="portable"),
+    Backend("reference", ("cpu", "cuda"), (*_FLOATS, torch.float64), (*_KEPT, torch.float64)),
 )
 """What runs where. The reference is chosen by name only: `auto` never falls back to it in silence."""
 

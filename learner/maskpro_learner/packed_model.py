@@ -27,6 +27,7 @@ from maskpro_learner.layers import apply_masks
 QUANT_METHOD = "maskpro"
 FORMAT_VERSION = 1
 _PARTS = ("compressed", "bitmask", "shape")
+_SCALE = "weight_scale"
 _INDEX = "model.safetensors.index.json"
 
 
@@ -152,12 +153,13 @@ def load_packed_model(name: str, dtype: torch.dtype, device: str = "cpu") -> tup
     folder = Path(name) if Path(name).is_dir() else Path(snapshot_download(name))
     try:
         pattern = NMPattern.parse(str(found.get("pattern")))
+        parts = (*_PARTS, _SCALE) if found.get("values") == "int8" else _PARTS
         config = AutoConfig.from_pretrained(folder)
         architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{folder / 'config.json'}: not a causal language model's: {error}") from error
     del config.quantization_config  # else transformers looks for a quantizer of that name
-    weights = dict(_dense_weights(folder, pattern))
+    weights = dict(_dense_weights(folder, pattern, parts))
     try:
         # Given a state dict, transformers opens no file, so it cannot mistake the packed tensors for unknown ones.
         model, report = architecture.from_pretrained(
@@ -177,20 +179,20 @@ def load_packed_model(name: str, dtype: torch.dtype, device: str = "cpu") -> tup
     return moved, pattern
 
 
-def _dense_weights(folder: Path, pattern: NMPattern) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the folder under its dense name; the three parts of a linear may lie in different files."""
+def _dense_weights(folder: Path, pattern: NMPattern, names: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the folder under its dense name; the named parts of a linear may lie in different files."""
     parts: dict[str, dict[str, Tensor]] = {}
     for file, tensor_name, tensor in _tensors(folder):
         linear, _, part = tensor_name.rpartition(".")
-        if part not in _PARTS:
+        if part not in names:
             yield tensor_name, tensor
             continue
         found = parts.setdefault(linear, {})
         found[part] = tensor
-        if len(found) == len(_PARTS):
+        if len(found) == len(names):
             yield f"{linear}.weight", _unpack(parts.pop(linear), f"{file}: {linear}", pattern)
     for linear, found in parts.items():
-        missing = next(part for part in _PARTS if part not in found)
+        missing = next(part for part in names if part not in found)
         raise ModelError(f"{folder}: tensor {linear}.{missing} is missing, but other parts of {linear} are there")
 
 
@@ -219,7 +221,8 @@ def _unpack(parts: dict[str, Tensor], where: str, pattern: NMPattern) -> Tensor:
     if shape.dtype != torch.int64 or tuple(shape.shape) != (2, 1):
         raise ModelError(f"{where}.shape: expected torch.int64 (2, 1), found {shape.dtype} {tuple(shape.shape)}")
     out_features, in_features = (int(size) for size in shape.flatten())
+    scale = parts[_SCALE].float().flatten() if _SCALE in parts else None
     try:
-        return unpack(NMWeight(parts["compressed"], parts["bitmask"], (out_features, in_features), pattern))
+        return unpack(NMWeight(parts["compressed"], parts["bitmask"], (out_features, in_features), pattern, scale))
     except ValueError as error:
         raise ModelError(f"{where}: {error}") from error

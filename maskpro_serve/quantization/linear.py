@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.nn import Parameter
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
-from vllm.model_executor.parameter import BasevLLMParameter
+from vllm.model_executor.parameter import BasevLLMParameter, ChannelQuantScaleParameter
 
 from maskpro_kernels import NMWeight
 from maskpro_kernels.bits import bitmask_width, pack_bits
+from maskpro_kernels.interleaved import interleave
 from maskpro_kernels.packing import WEIGHT_DTYPES, check_bitmask
 from maskpro_kernels.support import select_backend
 from maskpro_serve.checkpoint import CheckpointError
@@ -62,9 +63,16 @@ class NMLinearMethod(LinearMethodBase):
             # vLLM fills floating-point parameters only; the bitmask must be valid by itself.
             first = torch.arange(input_size_per_partition).remainder(pattern.m) < pattern.n
             bitmask[:] = pack_bits(first.unsqueeze(0))
+            if values.dtype == torch.int8:
+                values.random_(-127, 128)
         for name, data in (("compressed", values), ("bitmask", bitmask)):
             parameter = PackedParameter(data=data, weight_loader=weight_loader, tensor_name=f"{self.prefix}.{name}")
             layer.register_parameter(name, parameter)
+        if values.dtype == torch.int8:
+            scale = torch.full((rows, 1), torch.nan, dtype=torch.float32)
+            layer.register_parameter(
+                "weight_scale", ChannelQuantScaleParameter(data=scale, output_dim=0, weight_loader=weight_loader)
+            )
         # Read because the checkpoint holds it, dropped after loading; the sizes are checked on the tensors.
         shape = BasevLLMParameter(data=torch.zeros((2, 1), dtype=torch.int64), weight_loader=weight_loader)
         layer.register_parameter("shape", shape)
@@ -79,24 +87,48 @@ class NMLinearMethod(LinearMethodBase):
             for parameter in (layer.compressed, layer.bitmask):
                 if not parameter.loaded_rows:
                     raise CheckpointError(f"{parameter.tensor_name}: missing in the checkpoint")
+        weight = self._loaded(layer)
+        del layer.shape
+        activation_dtype = get_current_vllm_config().model_config.dtype
+        backend = select_backend(weight.pattern, activation_dtype, weight.values.dtype, weight.values.device.type)
+        self.config.tally.loaded(weight, layer.maskpro_partitions, backend.name)
+        layer.maskpro_shape, layer.maskpro_dtype = weight.shape, weight.values.dtype
+        if weight.scale is not None:
+            layer.weight_scale = Parameter(weight.scale, requires_grad=False)
+        if backend.isa is None:
+            layer.compressed = Parameter(weight.values, requires_grad=False)
+            layer.bitmask = Parameter(weight.bitmask, requires_grad=False)
+        else:  # the CPU's own order replaces the stored one, layer by layer: never both of the whole model
+            layer.interleaved = Parameter(interleave(weight).data, requires_grad=False)
+            del layer.compressed, layer.bitmask
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        pattern = self.config.pattern
+        scale = layer.weight_scale if layer.maskpro_dtype == torch.int8 else None
+        if hasattr(layer, "interleaved"):
+            return torch.ops.maskpro.nm_linear_interleaved(
+                x, layer.interleaved, scale, bias, *layer.maskpro_shape, pattern.n, pattern.m, layer.maskpro_dtype
+            )
+        return torch.ops.maskpro.nm_linear(x, layer.compressed, layer.bitmask, scale, bias, pattern.n, pattern.m)
+
+    def _loaded(self, layer: Any) -> NMWeight:
+        """The layer's weight as it was loaded, checked."""
+        scale = None
+        if layer.compressed.dtype == torch.int8:
+            scale = layer.weight_scale.data.flatten()
+            if not torch.isfinite(scale).all():
+                raise CheckpointError(f"{self.prefix}.weight_scale: missing in the checkpoint, or not finite")
         shape = (layer.compressed.shape[0], layer.maskpro_in_features)
-        weight = NMWeight(layer.compressed.data, layer.bitmask.data, shape, self.config.pattern)
+        weight = NMWeight(layer.compressed.data, layer.bitmask.data, shape, self.config.pattern, scale)
         try:
             check_bitmask(weight)
         except ValueError as error:
             raise CheckpointError(f"{self.prefix}.bitmask: {error}") from error
-        del layer.shape
-        layer.compressed = Parameter(weight.values, requires_grad=False)
-        layer.bitmask = Parameter(weight.bitmask, requires_grad=False)
-        activation_dtype = get_current_vllm_config().model_config.dtype
-        backend = select_backend(weight.pattern, activation_dtype, weight.values.dtype, weight.values.device.type)
-        self.config.tally.loaded(weight, layer.maskpro_partitions, backend.name)
-
-    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        pattern = self.config.pattern
-        return torch.ops.maskpro.nm_linear(x, layer.compressed, layer.bitmask, bias, pattern.n, pattern.m)
+        return weight
 
     def _weight_dtype(self, params_dtype: torch.dtype) -> torch.dtype:
         """The checkpoint's own dtype: `--dtype float32` widens activations, never the stored weights."""
+        if self.config.values == "int8":
+            return torch.int8
         stored = get_current_vllm_config().model_config.hf_config.dtype
         return stored if stored in WEIGHT_DTYPES else params_dtype

@@ -35,7 +35,8 @@ class PackedParameter(ModelWeightParameter):
                 f"{self.tensor_name}: expected shape {(rows, columns)} from the model's config.json, found "
                 f"{tuple(loaded_weight.shape)} in the checkpoint"
             )
-        if torch.promote_types(loaded_weight.dtype, self.data.dtype) != self.data.dtype:
+        widened = torch.promote_types(loaded_weight.dtype, self.data.dtype) == self.data.dtype
+        if not widened or loaded_weight.is_floating_point() != self.data.is_floating_point():
             raise CheckpointError(
                 f"{self.tensor_name}: expected {self.data.dtype}, the dtype in the model's config.json, found "
                 f"{loaded_weight.dtype} in the checkpoint"

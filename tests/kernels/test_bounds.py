@@ -16,10 +16,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maskpro_kernels import NMPattern, _cpu, pack
+from maskpro_kernels import NMPattern, _cpu, pack, to_int8
+from maskpro_kernels.interleaved import interleave
 
 ISAS = ("avx512", "avx2", "portable")
-CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 OK, BAD_ARGUMENT, NO_ISA = 0, 1, 2
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -49,7 +51,7 @@ def ending_at_a_guard_page(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     groups=st.integers(1, 12) | st.integers(13, 300),
     rows=st.integers(1, 9) | st.integers(40, 60),
     tokens=st.integers(1, 8) | st.integers(9, 30),
-    dtypes=st.tuples(*[st.sampled_from(list(CODES))] * 3),
+    dtypes=st.tuples(st.sampled_from(FLOATS), st.sampled_from(list(CODES)), st.sampled_from(FLOATS)),
     threads=st.integers(1, 2),
 )
 @settings(deadline=None, max_examples=150)
@@ -58,30 +60,44 @@ def test_stays_within_its_buffers(isa, pattern, groups, rows, tokens, dtypes, th
         pytest.skip(f"this machine has no {isa}")
     columns = min(groups * pattern.m, 2112)
     activation, kept, bias_dtype = dtypes
-    weight = pack(torch.randn(rows, columns).to(kept), pattern)
+    dense = torch.randn(rows, columns)
+    weight = to_int8(pack(dense, pattern)) if kept == torch.int8 else pack(dense.to(kept), pattern)
     x = torch.randn(tokens, columns).to(activation)
     bias = torch.randn(rows).to(bias_dtype)
+    scale = torch.ones(rows) if weight.scale is None else weight.scale
+    expected_order = interleave(weight)
     with ExitStack() as stack:
-        guarded = [
+        y, x_in, values, bitmask, bias_in, scale_in, order = (
             stack.enter_context(ending_at_a_guard_page(tensor))
-            for tensor in (torch.empty(tokens, rows, dtype=activation), x, weight.values, weight.bitmask, bias)
-        ]
-        status = _cpu.library().maskpro_nm_linear(
-            *(tensor.data_ptr() for tensor in guarded), tokens, columns, rows, pattern.n, pattern.m,
-            CODES[activation], CODES[kept], CODES[bias_dtype], _cpu.ISA_CODES[isa], threads,
+            for tensor in (
+                torch.empty(tokens, rows, dtype=activation), x, weight.values, weight.bitmask, bias, scale,
+                torch.empty_like(expected_order.data),
+            )
+        )  # fmt: skip
+        library = _cpu.library()
+        status = library.maskpro_interleave(
+            order.data_ptr(), values.data_ptr(), bitmask.data_ptr(), columns, rows, pattern.n, pattern.m, CODES[kept],
+            threads,
         )  # fmt: skip
         assert status == OK
-        expected = _cpu.nm_linear(x, weight.values, weight.bitmask, bias, pattern.n, pattern.m, isa, 1)
-        assert torch.equal(guarded[0], expected)
+        assert torch.equal(order, expected_order.data)
+        status = library.maskpro_nm_linear(
+            y.data_ptr(), x_in.data_ptr(), order.data_ptr(), scale_in.data_ptr(), bias_in.data_ptr(), tokens, columns,
+            rows, pattern.n, pattern.m, CODES[activation], CODES[kept], CODES[bias_dtype], _cpu.ISA_CODES[isa],
+            threads,
+        )  # fmt: skip
+        assert status == OK
+        expected = _cpu.nm_linear(x, expected_order.data, scale, bias, rows, pattern.n, pattern.m, kept, isa, 1)
+        assert torch.equal(y, expected)
 
 
 def call(**changes: int | None) -> tuple[int, torch.Tensor]:
     """The status of a valid call with some arguments changed, and its output, which was NaN before."""
-    weight = pack(torch.ones(3, 16), NMPattern(2, 4))
+    weight = interleave(pack(torch.ones(3, 16), NMPattern(2, 4)))
     y, x = torch.full((2, 3), torch.nan), torch.ones(2, 16)
     arguments: dict[str, int | None] = {
-        "y": y.data_ptr(), "x": x.data_ptr(), "values": weight.values.data_ptr(),
-        "bitmask": weight.bitmask.data_ptr(), "bias": None, "tokens": 2, "in_features": 16, "out_features": 3,
+        "y": y.data_ptr(), "x": x.data_ptr(), "weight": weight.data.data_ptr(),
+        "scale": None, "bias": None, "tokens": 2, "in_features": 16, "out_features": 3,
         "n": 2, "m": 4, "act_dtype": 0, "weight_dtype": 0, "bias_dtype": 0, "isa": 0, "threads": 1,
     }  # fmt: skip
     assert changes.keys() <= arguments.keys()
@@ -98,8 +114,9 @@ def test_a_valid_call():
     "changes",
     [
         {"n": 0}, {"n": 5}, {"m": 3}, {"m": 64}, {"in_features": 18}, {"in_features": 0}, {"in_features": -4},
-        {"tokens": -1}, {"out_features": -1}, {"tokens": 1 << 40}, {"act_dtype": 3}, {"weight_dtype": -1},
-        {"bias": 1, "bias_dtype": 7}, {"threads": 0}, {"y": None}, {"x": None}, {"values": None}, {"bitmask": None},
+        {"tokens": -1}, {"out_features": -1}, {"tokens": 1 << 40}, {"act_dtype": 3}, {"act_dtype": 4},
+        {"weight_dtype": -1}, {"weight_dtype": 4},
+        {"bias": 1, "bias_dtype": 3}, {"threads": 0}, {"y": None}, {"x": None}, {"weight": None},
     ],
     ids=str,
 )  # fmt: skip
@@ -133,11 +150,11 @@ def test_every_half_precision_value_is_read_and_written_exactly(isa, dtype):
     finite = patterns[torch.isfinite(patterns)].reshape(-1, 1)
     x = torch.cat([finite, torch.zeros(finite.shape[0], 3, dtype=dtype)], dim=1)
     one = pack(torch.tensor([[1.0, 0, 0, 0]]), NMPattern(1, 4))
-    y = _cpu.nm_linear(x, one.values, one.bitmask, None, 1, 4, isa, 1)
+    y = _cpu.nm_linear(x, interleave(one).data, None, None, 1, 1, 4, torch.float32, isa, 1)
     assert torch.equal(y, finite)
-    kept = _cpu.nm_linear(
-        torch.tensor([[1.0, 0, 0, 0]]), finite, torch.ones(finite.shape[0], 1, dtype=torch.uint8), None, 1, 4, isa, 1
-    )
+    ones = torch.ones(finite.shape[0], 1, dtype=torch.uint8)
+    order = _cpu.interleave(finite, ones, 4, 1, 4, 1)
+    kept = _cpu.nm_linear(torch.tensor([[1.0, 0, 0, 0]]), order, None, None, len(finite), 1, 4, dtype, isa, 1)
     assert torch.equal(kept[0], finite[:, 0].float())
 
 
@@ -154,7 +171,7 @@ def test_rounds_as_torch_does(isa, dtype):
     special = torch.tensor([65519.9, 65520, -65520, 2**-25, 2**-25 * 1.01, 3e-6, torch.inf, -torch.inf, torch.nan])
     bias = torch.cat([anything, ties, special])
     bias = torch.where(torch.isnan(bias), torch.nan, bias)
-    values = torch.zeros(bias.numel(), 1)
-    bitmask = torch.ones(bias.numel(), 1, dtype=torch.uint8)
-    y = _cpu.nm_linear(torch.ones(1, 4, dtype=dtype), values, bitmask, bias, 1, 4, isa, 1)
+    order = _cpu.interleave(torch.zeros(bias.numel(), 1), torch.ones(bias.numel(), 1, dtype=torch.uint8), 4, 1, 4, 1)
+    x = torch.ones(1, 4, dtype=dtype)
+    y = _cpu.nm_linear(x, order, None, bias, bias.numel(), 1, 4, torch.float32, isa, 1)
     torch.testing.assert_close(y[0], bias.to(dtype), rtol=0, atol=0, equal_nan=True)

@@ -9,11 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maskpro_kernels import NMPattern, NMWeight, UnsupportedKernelError, _cpu, nm_linear, pack, unpack
+from maskpro_kernels import NMPattern, NMWeight, UnsupportedKernelError, _cpu, nm_linear, pack, to_int8, unpack
+from maskpro_kernels.interleaved import interleave, interleave_dense, remembered
 from maskpro_kernels.support import select_backend
 
 PATTERNS = st.sampled_from([4, 8, 16, 32]).flatmap(lambda m: st.builds(NMPattern, st.integers(1, m), st.just(m)))
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+KEPT = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.int8])
 ISAS = ("avx512", "avx2", "portable")
 
 
@@ -24,16 +26,29 @@ def isa(request) -> str:
     return request.param
 
 
+def packed(dense: torch.Tensor, pattern: NMPattern, dtype: torch.dtype) -> NMWeight:
+    """Packs a float32 weight with kept values of any dtype."""
+    return to_int8(pack(dense, pattern)) if dtype == torch.int8 else pack(dense.to(dtype), pattern)
+
+
+def exact_weight(weight: NMWeight) -> torch.Tensor:
+    """The dense weight in float64; an int8 value times its scale has more bits than float32."""
+    if weight.scale is None:
+        return unpack(weight).double()
+    levels = NMWeight(weight.values.float(), weight.bitmask, weight.shape, weight.pattern)
+    return unpack(levels).double() * weight.scale.double().unsqueeze(1)
+
+
 def check(x: torch.Tensor, weight: NMWeight, bias: torch.Tensor | None, y: torch.Tensor) -> None:
     """|error| <= gamma_k |x||W| (Higham 2002, 3.1) for the float32 sum, and half an ulp for rounding it."""
-    dense = unpack(weight).double()
+    dense = exact_weight(weight)
     exact = x.double() @ dense.T
     bound = x.double().abs() @ dense.abs().T
     if bias is not None:
         exact = exact + bias.double()
         bound = bound + bias.double().abs()
     unit = torch.finfo(torch.float32).eps / 2
-    terms = weight.values.shape[1] + 2
+    terms = weight.values.shape[1] + 3  # and the scale and the bias
     tolerance = terms * unit / (1 - terms * unit) * bound + torch.finfo(x.dtype).eps * exact.abs()
     tolerance = tolerance + torch.finfo(x.dtype).smallest_normal
     error = (y.double() - exact).abs()
@@ -45,11 +60,12 @@ def run_on_nan(x: torch.Tensor, weight: NMWeight, bias: torch.Tensor | None, isa
     """Calls the C function on an output of NaN, so that what is not written shows."""
     y = torch.full((x.shape[0], weight.shape[0]), torch.nan, dtype=x.dtype)
     codes = _cpu._DTYPE_CODES
+    order = interleave(weight)
     status = _cpu.library().maskpro_nm_linear(
-        y.data_ptr(), x.data_ptr(), weight.values.data_ptr(), weight.bitmask.data_ptr(),
-        None if bias is None else bias.data_ptr(), x.shape[0], weight.shape[1], weight.shape[0],
-        weight.pattern.n, weight.pattern.m, codes[x.dtype], codes[weight.values.dtype],
-        0 if bias is None else codes[bias.dtype], _cpu.ISA_CODES[isa], threads,
+        y.data_ptr(), x.data_ptr(), order.data.data_ptr(),
+        None if weight.scale is None else weight.scale.data_ptr(), None if bias is None else bias.data_ptr(),
+        x.shape[0], weight.shape[1], weight.shape[0], weight.pattern.n, weight.pattern.m, codes[x.dtype],
+        codes[weight.values.dtype], 0 if bias is None else codes[bias.dtype], _cpu.ISA_CODES[isa], threads,
     )  # fmt: skip
     assert status == 0
     return y
@@ -62,7 +78,7 @@ def run_on_nan(x: torch.Tensor, weight: NMWeight, bias: torch.Tensor | None, isa
     groups=st.integers(1, 40) | st.integers(41, 330),
     rows=st.integers(1, 70),
     tokens=st.integers(0, 9) | st.integers(10, 70),
-    dtypes=st.tuples(DTYPES, DTYPES, DTYPES),
+    dtypes=st.tuples(DTYPES, KEPT, DTYPES),
     with_bias=st.booleans(),
     threads=st.integers(1, 5),
     seed=st.integers(0, 2**31),
@@ -74,13 +90,57 @@ def test_equals_the_oracle(isa, pattern, groups, rows, tokens, dtypes, with_bias
     generator = torch.Generator().manual_seed(seed)
     columns = min(groups * pattern.m, 2600 // pattern.m * pattern.m)
     activation, kept, bias_dtype = dtypes
-    weight = pack(torch.randn((rows, columns), generator=generator).to(kept), pattern)
+    weight = packed(torch.randn((rows, columns), generator=generator), pattern, kept)
     x = torch.randn((tokens, columns), generator=generator).to(activation)
     bias = torch.randn(rows, generator=generator).to(bias_dtype) if with_bias else None
     check(x, weight, bias, run_on_nan(x, weight, bias, isa, threads))
 
 
-@pytest.mark.parametrize("tokens", [1, 17, 64, 600])
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_a_dense_weight_in_its_own_dtype(isa, dtype, tokens, monkeypatch):
+    if isa not in _cpu.available_isas():
+        pytest.skip(f"this machine has no {isa}")
+    monkeypatch.setenv("MASKPRO_KERNEL", f"cpu-{isa}")
+    weight, x, bias = torch.randn((70, 332)).to(dtype), torch.randn((tokens, 332)), torch.randn(70)
+    y = nm_linear(x, interleave_dense(weight), bias)
+    check(x, pack(weight, NMPattern(4, 4)), bias, y)
+
+
+def test_a_packed_weight_is_interleaved_once_until_it_changes():
+    weight = pack(torch.randn(32, 64), NMPattern(2, 4))
+    x = torch.randn(3, 64)
+    first = nm_linear(x, weight)
+    assert remembered(weight.values, weight.bitmask, 64, weight.pattern) is remembered(
+        weight.values, weight.bitmask, 64, weight.pattern
+    )
+    weight.values.mul_(2)
+    assert torch.equal(nm_linear(x, weight), 2 * first)
+    assert torch.equal(nm_linear(x, interleave(weight)), 2 * first)
+
+
+def test_an_interleaved_weight_of_another_size_is_refused():
+    weight = interleave(pack(torch.randn(16, 64), NMPattern(2, 4)))
+    with pytest.raises(ValueError, match=r"expected x \(..., 64\), in_features of the weight, found \(3, 60\)"):
+        nm_linear(torch.randn(3, 60), weight)
+    with pytest.raises(ValueError, match=r"of 1152 bytes \(2:4, 16 x 64, torch.bfloat16\), found 2176 of torch.uint8"):
+        torch.ops.maskpro.nm_linear_interleaved(
+            torch.randn(3, 64), weight.data, None, None, 16, 64, 2, 4, torch.bfloat16
+        )
+
+
+def test_int8_values_come_with_a_scale():
+    weight = to_int8(pack(torch.randn(16, 64), NMPattern(2, 4)))
+    with pytest.raises(ValueError, match=r"expected a scale with int8 weights, and only then; they are torch\.int8"):
+        torch.ops.maskpro.nm_linear(torch.randn(3, 64), weight.values, weight.bitmask, None, None, 2, 4)
+    with pytest.raises(ValueError, match=r"scale: expected contiguous torch.float32 \(16,\), found torch.float64"):
+        torch.ops.maskpro.nm_linear(
+            torch.randn(3, 64), weight.values, weight.bitmask, weight.scale.double(), None, 2, 4
+        )
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 17, 64, 600])
 def test_many_tokens_and_threads(isa, tokens):
     weight = pack(torch.randn((130, 2048)).bfloat16(), NMPattern(2, 4))
     x = torch.randn((tokens, 2048))
@@ -125,8 +185,11 @@ def test_leading_dimensions_and_strides():
 def test_opcheck(dtype):
     weight = pack(torch.randn(16, 64).to(dtype), NMPattern(2, 4))
     for x in (torch.randn(3, 64).to(dtype), torch.randn(2, 5, 64).to(dtype)):
-        arguments = (x, weight.values, weight.bitmask, torch.randn(16).to(dtype), 2, 4)
+        arguments = (x, weight.values, weight.bitmask, None, torch.randn(16).to(dtype), 2, 4)
         torch.library.opcheck(torch.ops.maskpro.nm_linear.default, arguments)
+        order = interleave(weight)
+        arguments = (x, order.data, None, torch.randn(16).to(dtype), 16, 64, 2, 4, dtype)
+        torch.library.opcheck(torch.ops.maskpro.nm_linear_interleaved.default, arguments)
 
 
 def test_is_one_node_under_torch_compile():
@@ -152,11 +215,11 @@ def test_disagreeing_arguments_give_both_sizes():
     with pytest.raises(ValueError, match=r"bias: expected a 16 or 32 bit float on cpu, found torch.float64"):
         nm_linear(torch.randn(3, 64), weight, torch.randn(16).double())
     with pytest.raises(ValueError, match=r"bitmask: expected torch.uint8, found torch.int64"):
-        torch.ops.maskpro.nm_linear(torch.randn(3, 64), weight.values, weight.bitmask.long(), None, 2, 4)
+        torch.ops.maskpro.nm_linear(torch.randn(3, 64), weight.values, weight.bitmask.long(), None, None, 2, 4)
     with pytest.raises(ValueError, match=r"two dimensions, found \(\), "):
         nm_linear(torch.tensor(1.0), weight)
     with pytest.raises(ValueError, match=r"two dimensions, found \(3, 64\), \(32,\)"):
-        torch.ops.maskpro.nm_linear(torch.randn(3, 64), weight.values[0], weight.bitmask, None, 2, 4)
+        torch.ops.maskpro.nm_linear(torch.randn(3, 64), weight.values[0], weight.bitmask, None, None, 2, 4)
 
 
 def test_backend_choice(monkeypatch):

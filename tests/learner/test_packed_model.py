@@ -14,7 +14,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from maskpro_kernels import LowRank, MaskFileError, NMPattern, RecoveryFileError, recovered, write_masks, write_recovery
+from maskpro_kernels import (
+    LowRank,
+    MaskFileError,
+    NMPattern,
+    RecoveryFileError,
+    read_masks,
+    recovered,
+    write_masks,
+    write_recovery,
+)
 from maskpro_kernels.packing import magnitude_mask
 from maskpro_learner import LearnerError, ModelError, initial_masks
 from maskpro_learner.checkpoints import load_model
@@ -48,6 +57,18 @@ def test_a_packed_model_is_the_masked_model(model_folder: Path, mask_file: Path,
     assert not torch.equal(logits(dense.model), logits(masked.model))
     assert not any(parameter.requires_grad for parameter in unpacked.model.parameters())
     assert not unpacked.model.training
+
+
+def test_int8_values_are_multiplied_by_their_scale(model_folder: Path, mask_file: Path, tmp_path: Path) -> None:
+    convert(model_folder, tmp_path / "int8", mask=mask_file, values="int8")
+    rounded, _ = load_packed_model(str(tmp_path / "int8"), torch.float32)
+    masked = load_for_evaluation(str(model_folder), mask_file, torch.float32).model
+    expected = dict(masked.named_parameters())
+    linears = read_masks(mask_file).masks
+    for name, parameter in rounded.named_parameters():
+        error = (parameter - expected[name]).abs().amax(-1)
+        level = expected[name].abs().amax(-1) / 127
+        assert (error <= 0.5001 * level).all() if name in linears else torch.equal(parameter, expected[name]), name
 
 
 def test_dtype_is_the_one_asked_for(packed: Path) -> None:

@@ -21,7 +21,7 @@ def linears(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> dict[str, Path]:
-    """A random Llama: ``dense``, its ``mask``, ``pruned`` (the same weights with zeros), and ``packed``."""
+    """A random Llama: ``dense``, its ``mask``, ``pruned`` (the same weights with zeros), ``packed``, and ``int8``."""
     root = tmp_path_factory.mktemp("tiny")
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -30,7 +30,7 @@ def tiny(tmp_path_factory) -> dict[str, Path]:
         bos_token_id=1, eos_token_id=2, tie_word_embeddings=True,
     )  # fmt: skip
     model = LlamaForCausalLM(config).bfloat16()
-    paths = {name: root / name for name in ("dense", "pruned", "packed", "mask")}
+    paths = {name: root / name for name in ("dense", "pruned", "packed", "int8", "mask")}
     model.save_pretrained(paths["dense"])
     masks = {
         f"{name}.weight": magnitude_mask(linear.weight.detach(), PATTERN) for name, linear in linears(model).items()
@@ -40,4 +40,5 @@ def tiny(tmp_path_factory) -> dict[str, Path]:
         linear.weight.data *= masks[f"{name}.weight"]
     model.save_pretrained(paths["pruned"])
     convert(paths["dense"], paths["packed"], mask=paths["mask"])
+    convert(paths["dense"], paths["int8"], mask=paths["mask"], values="int8")
     return paths

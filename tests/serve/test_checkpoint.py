@@ -58,6 +58,23 @@ def test_unpacks_to_the_pruned_weights_bit_for_bit(tiny):
     assert sum(w.nbytes for w in sparse) == 0.5625 * sum(w.dense_nbytes for w in sparse)
 
 
+def test_int8_values_are_within_half_a_level(tiny):
+    config, weights = load_packed(tiny["int8"])
+    pruned = load_file(tiny["pruned"] / "model.safetensors")
+    assert config["quantization_config"]["values"] == "int8"
+    sparse = {name: weight for name, weight in weights.items() if isinstance(weight, NMWeight)}
+    assert len(sparse) == 3 * 7
+    for name, weight in sparse.items():
+        assert weight.values.dtype == torch.int8
+        assert weight.values.abs().max() == 127
+        error = (unpack(weight) - pruned[name].float()).abs()
+        assert (error <= 0.5001 * weight.scale.unsqueeze(1)).all(), name
+        assert error.max() > 0
+    columns = {name: weight.shape[1] for name, weight in sparse.items()}
+    stored = sum(weight.nbytes - weight.scale.nbytes for weight in sparse.values())
+    assert stored == 5 / 8 * sum(weight.shape[0] * columns[name] for name, weight in sparse.items())
+
+
 def test_zeros_are_a_mask(tiny, tmp_path):
     report = convert(tiny["pruned"], tmp_path / "out", pattern=read_masks(tiny["mask"]).pattern)
     assert len(report.packed) == 21
@@ -156,8 +173,35 @@ def test_damaged_tensors_are_named(packed, damage):
 
 
 @pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(f"{LAYER}.weight_scale"), rf"{LAYER}.weight_scale: listed in .* but missing"),
+        (
+            lambda t: t.__setitem__(f"{LAYER}.weight_scale", torch.ones(192)),
+            rf"{LAYER}.weight_scale: expected a 16 or 32 bit float \(192, 1\), found torch.float32 \(192,\)",
+        ),
+        (
+            lambda t: t[f"{LAYER}.weight_scale"].__setitem__((7, 0), torch.nan),
+            rf"{LAYER}.weight_scale: expected finite scales, found inf or NaN",
+        ),
+        (
+            lambda t: t.__setitem__(f"{LAYER}.compressed", t[f"{LAYER}.compressed"].float()),
+            rf"{LAYER}.compressed: expected torch.int8, as config.json says, found torch.float32",
+        ),
+    ],
+)
+def test_damaged_int8_values_are_named(tiny, tmp_path, change, message):
+    folder = shutil.copytree(tiny["int8"], tmp_path / "int8")
+    edit(folder, change)
+    with pytest.raises(CheckpointError, match=message):
+        check_checkpoint(folder, contents=True)
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"values": "int4"}, "values: expected 'int8' or none, found 'int4'"),
+        ({"values": "int8"}, r"weight_scale is missing, but other parts"),
         ({"format_version": 2}, "format_version: expected 1, found 2; it was written by a newer maskpro-serve"),
         ({"format_version": None}, "format_version: expected 1, found None"),
         ({"pattern": "2:5"}, "pattern: .*m must be one of"),

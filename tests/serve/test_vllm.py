@@ -10,7 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from processes import run_python
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
+
+from maskpro_kernels import NMWeight, unpack
+from maskpro_serve import load_packed
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
@@ -42,6 +46,18 @@ def test_packed_equals_its_unpacked_twin(tiny, greedy):
     # min_new_tokens forbids the end token, which vLLM may choose: compare up to its first appearance.
     tokens = packed[1][: packed[1].index(2)] if 2 in packed[1] else packed[1]
     assert tokens == expected[0, 33 : 33 + len(tokens)].tolist()
+
+
+def test_int8_values_equal_their_unpacked_twin(tiny, greedy, tmp_path):
+    """The twin holds what the levels stand for, in float32, and shows that the model it makes is another one."""
+    config, weights = load_packed(tiny["int8"])
+    del config["quantization_config"]
+    twin = tmp_path / "twin"
+    twin.mkdir()
+    (twin / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
+    dense = {name: unpack(weight) if isinstance(weight, NMWeight) else weight for name, weight in weights.items()}
+    save_file({name: tensor.float().contiguous() for name, tensor in dense.items()}, twin / "model.safetensors")
+    assert greedy(tiny["int8"]) == greedy(twin)
 
 
 def test_a_damaged_checkpoint_stops_the_engine_with_our_sentence(tiny, tmp_path):

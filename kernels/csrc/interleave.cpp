@@ -1,0 +1,105 @@
+// Brings a weight of FORMAT.md into the order of interleaved.h.
+#include <omp.h>
+#include <string.h>
+
+#include "arguments.h"
+#include "interleaved.h"
+#include "maskpro_kernels.h"
+
+namespace maskpro {
+namespace {
+
+struct Source {
+  const uint8_t* values;
+  const uint8_t* bitmask;
+  int64_t in_features;
+  int64_t out_features;
+  int32_t n;
+  int32_t m;
+  int32_t dtype;
+};
+
+// Where a row's value lies within a slot.
+int64_t place(int64_t row, int32_t dtype) {
+  if (dtype != MASKPRO_BF16) return row;
+  return row < kBlockRows / 2 ? 2 * row : 2 * row - kBlockRows + 1;
+}
+
+// The set bits of group g of a row; m divides 32 or is a nibble.
+uint32_t group_bits(const uint8_t* row, int64_t group, int32_t m) {
+  if (m == 4) return row[group / 2] >> (4 * (group % 2)) & 15u;
+  uint32_t bits = 0;
+  memcpy(&bits, row + group * (m / 8), static_cast<size_t>(m / 8));
+  return bits;
+}
+
+template <int kBytes>
+void interleave_row(const Source& from, const Interleaved& sizes, int64_t row, uint8_t* block) {
+  const uint8_t* values = from.values + row * sizes.kept * kBytes;
+  const bool dense = sizes.bits == 0;
+  const uint8_t* bitmask = dense ? nullptr : from.bitmask + row * ((from.in_features + 7) / 8);
+  const int64_t lane = row % kBlockRows;
+  const int64_t value_place = place(lane, from.dtype) * kBytes;
+  const int slots = chunk_slots(sizes.bits);
+  const int64_t index_bytes = chunk_index_bytes(sizes.bits);
+  const int64_t bytes = index_bytes + slots * kBlockRows * kBytes;
+  int64_t slot = 0;
+  for (int64_t group = 0; group < from.in_features / from.m; ++group) {
+    uint32_t bits = dense ? 0 : group_bits(bitmask, group, from.m);
+    // Exactly n, whatever the bitmask says: a wrong one gives wrong results, but no access elsewhere.
+    for (int32_t k = 0; k < from.n; ++k, ++slot) {
+      uint8_t* chunk = block + slot / slots * bytes;
+      const int64_t j = slot % slots;
+      memcpy(chunk + index_bytes + j * kBlockRows * kBytes + value_place, values + slot * kBytes, kBytes);
+      if (dense) continue;
+      const uint32_t column = bits == 0 ? 0 : static_cast<uint32_t>(__builtin_ctz(bits));
+      bits &= bits - 1;
+      uint32_t word;
+      memcpy(&word, chunk + 4 * lane, sizeof word);
+      word |= column << (j * sizes.bits);
+      memcpy(chunk + 4 * lane, &word, sizeof word);
+    }
+  }
+}
+
+void interleave_block(const Source& from, const Interleaved& sizes, int64_t block, uint8_t* to) {
+  memset(to, 0, static_cast<size_t>(sizes.block_bytes));
+  const int64_t end = (block + 1) * kBlockRows;
+  for (int64_t row = block * kBlockRows; row < end && row < from.out_features; ++row) {
+    switch (element_bytes(from.dtype)) {
+      case 4:
+        interleave_row<4>(from, sizes, row, to);
+        break;
+      case 2:
+        interleave_row<2>(from, sizes, row, to);
+        break;
+      default:
+        interleave_row<1>(from, sizes, row, to);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace maskpro
+
+int64_t maskpro_interleaved_bytes(int64_t in_features, int64_t out_features, int32_t n, int32_t m, int32_t weight_dtype) {
+  if (!maskpro::is_weight(in_features, out_features, n, m, weight_dtype)) return -1;
+  const maskpro::Interleaved sizes(in_features, out_features, n, m, weight_dtype);
+  return sizes.blocks * sizes.block_bytes;
+}
+
+int32_t maskpro_interleave(void* weight, const void* values, const uint8_t* bitmask, int64_t in_features,
+                           int64_t out_features, int32_t n, int32_t m, int32_t weight_dtype, int32_t threads) {
+  if (!maskpro::is_weight(in_features, out_features, n, m, weight_dtype) || threads < 1) return MASKPRO_BAD_ARGUMENT;
+  if (out_features == 0) return MASKPRO_OK;
+  if (weight == nullptr || values == nullptr || (bitmask == nullptr && n < m)) return MASKPRO_BAD_ARGUMENT;
+  const maskpro::Source source{static_cast<const uint8_t*>(values), bitmask, in_features, out_features, n, m,
+                               weight_dtype};
+  const maskpro::Interleaved sizes(in_features, out_features, n, m, weight_dtype);
+  uint8_t* to = static_cast<uint8_t*>(weight);
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t block = 0; block < sizes.blocks; ++block) {
+    maskpro::interleave_block(source, sizes, block, to + block * sizes.block_bytes);
+  }
+  return MASKPRO_OK;
+}
