@@ -1,15 +1,17 @@
 """Times ``nm_linear`` against dense torch, on weights that come from memory.
 
-    python kernels/bench/nm_linear.py --tokens 1 8 64 --shapes 4096x4096 --pattern 2:4 --json result.json
+    python kernels/bench/nm_linear.py --tokens 1 8 64 --shapes 4096x4096 --patterns 2:4 4:8 --json result.json
 
 Every way to multiply is first checked against the float64 reference, then timed A B C A B C. A ratio is one
-of medians of the same run. GB/s counts the bytes of the packed weight, so it is near the bandwidth above the
-table where reading weights is what takes the time, and falls where arithmetic does.
+of medians of the same run. GB/s counts the bytes of the weight as the kernel reads it, so it is near the bandwidth
+above the table where reading weights is what takes the time; "of peak" is the rate of a dense product of that size
+as a share of the fastest torch float32 product on this machine, and may pass 1: what is not kept is not multiplied.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -20,7 +22,7 @@ from pathlib import Path
 import torch
 from bandwidth import Bandwidth, read_bandwidth
 from machine import Machine, this_machine
-from rivals import OURS, Rival, check, rivals
+from rivals import OURS, OURS_DENSE, Rival, check, rivals
 
 from maskpro_kernels import NMPattern
 from maskpro_kernels.support import select_backend
@@ -45,12 +47,16 @@ class Row:
     """One shape at one number of tokens. ``timings`` holds the rivals that were not hopeless."""
 
     shape: tuple[int, int]
+    pattern: str
+    weights: str
     tokens: int
     weight_bytes: int
     gb_per_s: float
     share_of_bandwidth: float
+    share_of_peak: float
     speedup_over_torch_f32: float
     speedup_over_best_dense: float
+    speedup_over_our_dense: float | None
     best_dense: str
     timings: dict[str, Timing]
 
@@ -80,34 +86,53 @@ def _summary(times: list[float]) -> Timing:
     return Timing(median, lower, upper, len(times))
 
 
-def row(shape: tuple[int, int], tokens: int, nbytes: int, timings: dict[str, Timing], bandwidth: Bandwidth) -> Row:
+def peak_flops() -> float:
+    """Floating-point operations a second of torch's float32 product of 2048 x 2048 matrices, the best of ten."""
+    a, b = torch.randn(2, 2048, 2048)
+    times = []
+    for _ in range(10):
+        start = time.perf_counter()
+        a @ b
+        times.append(time.perf_counter() - start)
+    return 2 * 2048**3 / min(times)
+
+
+def row(
+    shape: tuple[int, int], pattern: NMPattern, weights: str, tokens: int, nbytes: int, timings: dict[str, Timing],
+    bandwidth: Bandwidth, peak: float,
+) -> Row:  # fmt: skip
     ours = timings[OURS].median
-    best = min((name for name in timings if name != OURS), key=lambda name: timings[name].median)
+    torchs = [name for name in timings if name not in (OURS, OURS_DENSE)]
+    best = min(torchs, key=lambda name: timings[name].median)
     return Row(
         shape=shape,
+        pattern=str(pattern),
+        weights=weights,
         tokens=tokens,
         weight_bytes=nbytes,
         gb_per_s=nbytes / ours / 1e9,
         share_of_bandwidth=nbytes / ours / 1e9 / bandwidth.gb_per_s,
+        share_of_peak=2 * tokens * shape[0] * shape[1] / ours / peak,
         speedup_over_torch_f32=timings[DENSE_F32].median / ours,
         speedup_over_best_dense=timings[best].median / ours,
+        speedup_over_our_dense=timings[OURS_DENSE].median / ours if OURS_DENSE in timings else None,
         best_dense=best,
         timings=timings,
     )
 
 
 HEADER = (
-    f"{'out x in':>13} {'tokens':>6} {'median':>10} {'quartiles':>17} {'GB/s':>6} {'of read':>7} "
-    f"{'x torch f32':>11} {'x best dense':>12}"
+    f"{'out x in':>13} {'N:M':>5} {'tokens':>6} {'median':>10} {'quartiles':>17} {'GB/s':>6} {'of read':>7} "
+    f"{'of peak':>7} {'x torch f32':>11} {'x best dense':>12}"
 )
 
 
 def line(result: Row) -> str:
     ours = result.timings[OURS]
-    quartiles = f"{ours.lower * 1e3:>7.2f} .. {ours.upper * 1e3:<6.2f}"
     return (
-        f"{result.shape[0]:>6} x {result.shape[1]:<5}{result.tokens:>6} {ours.median * 1e3:>7.2f} ms "
-        f"{quartiles} {result.gb_per_s:>6.1f} {result.share_of_bandwidth:>7.0%} "
+        f"{result.shape[0]:>6} x {result.shape[1]:<5}{result.pattern:>5} {result.tokens:>6} "
+        f"{ours.median * 1e3:>7.2f} ms {ours.lower * 1e3:>7.2f} .. {ours.upper * 1e3:<6.2f} "
+        f"{result.gb_per_s:>6.1f} {result.share_of_bandwidth:>7.0%} {result.share_of_peak:>7.0%} "
         f"{result.speedup_over_torch_f32:>11.2f} {result.speedup_over_best_dense:>12.2f}  ({result.best_dense})"
     )
 
@@ -121,8 +146,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128, 512])
     parser.add_argument("--shapes", type=shape, nargs="+", default=[(4096, 4096), (11008, 4096), (4096, 11008)])
-    parser.add_argument("--pattern", type=NMPattern.parse, default=NMPattern(2, 4))
-    parser.add_argument("--weights", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser.add_argument("--patterns", type=NMPattern.parse, nargs="+", default=[NMPattern(2, 4)])
+    parser.add_argument("--weights", choices=["bfloat16", "float16", "float32", "int8"], default="bfloat16")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=4.0, help="per shape and number of tokens (default: 4)")
     parser.add_argument("--json", type=Path, help="also write everything here")
@@ -141,33 +166,34 @@ def main() -> None:
     weights: torch.dtype = getattr(torch, arguments.weights)
     size = set_bytes(machine)
     bandwidth = read_bandwidth(size)
-    kernel = select_backend(arguments.pattern, torch.float32, weights, "cpu").name
-    print(machine, bandwidth, sep="\n")
+    peak = peak_flops()
+    kernel = select_backend(arguments.patterns[0], torch.float32, weights, "cpu").name
+    print(machine, bandwidth, f"torch float32 product: {peak / 1e9:.0f} GFLOP/s", sep="\n")
     print(
-        f"{kernel}, {arguments.pattern} of {arguments.weights}, float32 activations; every rival walks through "
-        f"copies of its weight that fill {size / 1e9:.2f} GB, {size / machine.last_level_cache:.1f} x the cache\n"
+        f"{kernel}, {arguments.weights}, float32 activations; every rival walks through copies of its weight that "
+        f"fill {size / 1e9:.2f} GB, {size / machine.last_level_cache:.1f} x the cache\n"
     )
     print(HEADER)
     generator = torch.Generator().manual_seed(0)
     results = []
-    for rows, columns in arguments.shapes:
-        weight, found = rivals(rows, columns, arguments.pattern, weights, size, generator)
+    for (rows, columns), pattern in itertools.product(arguments.shapes, arguments.patterns):
+        weight, found = rivals(rows, columns, pattern, weights, size, generator)
         for tokens in arguments.tokens:
             x = torch.randn((tokens, columns), generator=generator)
             for rival in found:
                 check(rival, x[:8], weight)
             check(found[0], x, weight)
             timings = measure(found, x, arguments.seconds)
-            results.append(row((rows, columns), tokens, weight.nbytes, timings, bandwidth))
+            nbytes = found[0].weight_bytes
+            results.append(row((rows, columns), pattern, arguments.weights, tokens, nbytes, timings, bandwidth, peak))
             print(line(results[-1]), flush=True)
     if arguments.json:
         report = {
             "command": sys.argv,
             "machine": asdict(machine),
             "bandwidth": asdict(bandwidth),
+            "peak_flops": peak,
             "kernel": kernel,
-            "pattern": str(arguments.pattern),
-            "weights": arguments.weights,
             "set_bytes": size,
             "results": [asdict(result) for result in results],
         }

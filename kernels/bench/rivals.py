@@ -1,27 +1,33 @@
-"""The ways to multiply that are compared: ours, and dense torch at each dtype and layout it is fast in."""
+"""The ways to multiply that are compared: ours, ours of a dense weight, and dense torch at its dtypes and layouts."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from maskpro_kernels import NMPattern, NMWeight, nm_linear, pack, unpack
+from maskpro_kernels import NMPattern, NMWeight, nm_linear, pack, to_int8, unpack
+from maskpro_kernels.interleaved import InterleavedWeight, interleave, interleave_dense
 from maskpro_kernels.reference import nm_linear_reference
 
 OURS = "maskpro"
+OURS_DENSE = "maskpro dense bfloat16"
 
 
 @dataclass(frozen=True)
 class Rival:
-    """``run(x)`` multiplies by the next of several copies of the weight, each of ``weight_bytes``."""
+    """``run(x)`` multiplies x of ``dtype`` by the next of several copies of the weight, each of ``weight_bytes``.
+
+    ``weight_dtype`` is what the weight was rounded to, at the most.
+    """
 
     name: str
     dtype: torch.dtype
+    weight_dtype: torch.dtype
     weight_bytes: int
     copies: int
     run: Callable[[Tensor], Tensor]
@@ -34,10 +40,14 @@ def rivals(
 
     Each way walks through enough copies of its weight to fill ``set_bytes``, so that none is found in a cache.
     """
-    weight = pack(torch.randn((rows, columns), generator=generator).to(weight_dtype), pattern)
+    dense = torch.randn((rows, columns), generator=generator)
+    weight = to_int8(pack(dense, pattern)) if weight_dtype == torch.int8 else pack(dense.to(weight_dtype), pattern)
     dense = unpack(weight).float()
-    found = [_ours(weight, set_bytes)]
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    found = [
+        _ours(OURS, interleave(weight), set_bytes),
+        _ours(OURS_DENSE, interleave_dense(dense.bfloat16()), set_bytes),
+    ]
+    for dtype in (torch.float32, torch.bfloat16):
         found.append(_dense(dense.to(dtype), set_bytes))
     if torch.backends.mkldnn.is_available():
         found.append(_prepacked(dense, set_bytes))
@@ -53,13 +63,16 @@ def check(rival: Rival, x: Tensor, weight: NMWeight) -> None:
     some = slice(None, None, 32)
     x = x.to(rival.dtype)
     y = rival.run(x)[:, some]
-    expected = nm_linear_reference(x.double(), weight.values[some].double(), weight.bitmask[some], None)
-    magnitude = nm_linear_reference(x.double().abs(), weight.values[some].double().abs(), weight.bitmask[some], None)
+    scale = None if weight.scale is None else weight.scale[some].double()
+    values, bitmask = weight.values[some].double(), weight.bitmask[some]
+    expected = nm_linear_reference(x.double(), values, bitmask, scale, None)
+    magnitude = nm_linear_reference(x.double().abs(), values.abs(), bitmask, scale, None)
     # Higham's gamma_k |x||W| for a float32 sum, one rounding of the weight and one of the result.
     kept = weight.values.shape[1]
     unit = torch.finfo(torch.float32).eps / 2
     eps = torch.finfo(rival.dtype).eps
-    bound = (kept * unit + eps) * magnitude + eps * expected.abs()
+    weight_eps = torch.finfo(rival.weight_dtype).eps
+    bound = (kept * unit + weight_eps) * magnitude + eps * expected.abs()
     error = (y.double() - expected).abs()
     assert bool((error <= bound).all()), f"{rival.name} is wrong: error {error.max():.3g}"
 
@@ -68,20 +81,18 @@ def _copies(nbytes: int, set_bytes: int) -> int:
     return max(set_bytes // nbytes + 1, 2)
 
 
-def _ours(weight: NMWeight, set_bytes: int) -> Rival:
-    copies = [
-        NMWeight(weight.values.clone(), weight.bitmask.clone(), weight.shape, weight.pattern)
-        for _ in range(_copies(weight.nbytes, set_bytes))
-    ]
-    following: Iterator[NMWeight] = itertools.cycle(copies)
-    return Rival(OURS, torch.float32, weight.nbytes, len(copies), lambda x: nm_linear(x, next(following)))
+def _ours(name: str, weight: InterleavedWeight, set_bytes: int) -> Rival:
+    copies = [replace(weight, data=weight.data.clone()) for _ in range(_copies(weight.nbytes, set_bytes))]
+    following: Iterator[InterleavedWeight] = itertools.cycle(copies)
+    weight_dtype = torch.float32 if name == OURS else weight.dtype  # ours is exactly the weight
+    return Rival(name, torch.float32, weight_dtype, weight.nbytes, len(copies), lambda x: nm_linear(x, next(following)))
 
 
 def _dense(weight: Tensor, set_bytes: int) -> Rival:
     copies = [weight.clone() for _ in range(_copies(weight.nbytes, set_bytes))]
     following: Iterator[Tensor] = itertools.cycle(copies)
     name = f"torch {str(weight.dtype).removeprefix('torch.')}"
-    return Rival(name, weight.dtype, weight.nbytes, len(copies), lambda x: F.linear(x, next(following)))
+    return Rival(name, weight.dtype, weight.dtype, weight.nbytes, len(copies), lambda x: F.linear(x, next(following)))
 
 
 def _prepacked(weight: Tensor, set_bytes: int) -> Rival:
@@ -94,4 +105,4 @@ def _prepacked(weight: Tensor, set_bytes: int) -> Rival:
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, next(following), None, "none", [], "")
         return y
 
-    return Rival("oneDNN prepacked", weight.dtype, weight.nbytes, len(copies), run)
+    return Rival("oneDNN prepacked", weight.dtype, weight.dtype, weight.nbytes, len(copies), run)
