@@ -6,8 +6,9 @@ cd "$(dirname "$0")/.."
 python=$1
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
+# A build folder of its own: CMake would remember the sanitizers for the next build of the checkout.
 "$python" -m pip install --quiet --no-deps --no-build-isolation --target "$folder" . \
-  --config-settings=cmake.define.MASKPRO_SANITIZE=address,undefined
+  --config-settings=build-dir="$folder/build" --config-settings=cmake.define.MASKPRO_SANITIZE=address,undefined
 site=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 # -S leaves out .pth files, and with them the checkout's editable install. Python's own leaks are not ours.
 LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)" \

@@ -33,6 +33,17 @@ inline auto with_element(int32_t dtype, const Use& use) {
   return with_float(dtype, use);
 }
 
+// Calls `use` with every slot of a chunk; unrolled where a shift by a constant is what makes it fast.
+template <class Isa, int kSlots, class Use>
+[[gnu::always_inline]] inline void for_slots(const Use& use) {
+  if constexpr (Isa::kUnrollSlots) {
+#pragma GCC unroll 16
+    for (int j = 0; j < kSlots; ++j) use(j);
+  } else {
+    for (int j = 0; j < kSlots; ++j) use(j);
+  }
+}
+
 template <class Isa, class Element>
 inline typename Isa::Vec load_partial(const Element* p, int64_t count) {
   Element padded[Isa::kLanes] = {};

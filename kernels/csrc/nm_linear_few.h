@@ -18,7 +18,16 @@
 namespace maskpro {
 
 // Chunks that several tiles of tokens read in turn: some 20 KiB.
-constexpr int64_t kPieceChunks = 32;
+constexpr int64_t kPieceChunks = 12;
+
+constexpr int64_t kPrefetchBytes = 4096;
+
+// The hardware runs ahead of a stream, but stops where a page ends: fetches the lines of slot j, some chunks ahead. (A
+// prefetch past the end of a buffer is no access.)
+template <int64_t kSlotBytes>
+[[gnu::always_inline]] inline void prefetch(const uint8_t* chunk, int j) {
+  if (j * kSlotBytes % 64 < kSlotBytes) __builtin_prefetch(chunk + kPrefetchBytes + j * kSlotBytes);
+}
 
 // sums[t][row] += rows . x[t] over some chunks of a block. All tokens use a weight once it is in registers; every
 // group of activations is loaded once for sixteen rows.
@@ -42,10 +51,10 @@ template <class Isa, class Weight, int kBits, int kTokens>
     typename Isa::Indices indices[kVectors] = {};
     if constexpr (kBits > 0) Isa::load_indices(chunk, indices);
     const Weight* values = reinterpret_cast<const Weight*>(chunk + chunk_index_bytes(kBits));
-#pragma GCC unroll 16
-    for (int j = 0; j < kSlots; ++j) {
+    for_slots<Isa, kSlots>([&](int j) {
       Vec w[kVectors];
       Isa::load_slot(values + j * kBlockRows, w);
+      prefetch<kBlockRows * sizeof(Weight)>(chunk, j);
       const float* group = x + bases[j];
 #pragma GCC unroll 8
       for (int t = 0; t < kTokens; ++t) {
@@ -54,7 +63,7 @@ template <class Isa, class Weight, int kBits, int kTokens>
           acc[t][v] = Isa::fma(w[v], Isa::template pick<kBits>(group + t * x_stride, indices[v], j), acc[t][v]);
         }
       }
-    }
+    });
     chunk += chunk_bytes(kBits, sizeof(Weight));
     bases += kSlots;
   }

@@ -50,8 +50,7 @@ template <class Isa, class Weight, int kBits>
     typename Isa::Indices indices[kVectors] = {};
     if constexpr (kBits > 0) Isa::load_indices(chunk, indices);
     const Weight* values = reinterpret_cast<const Weight*>(chunk + chunk_index_bytes(kBits));
-#pragma GCC unroll 16
-    for (int j = 0; j < kSlots; ++j) {
+    for_slots<Isa, kSlots>([&](int j) {
       typename Isa::Vec w[kVectors];
       Isa::load_slot(values + j * kBlockRows, w);
 #pragma GCC unroll 4
@@ -59,7 +58,7 @@ template <class Isa, class Weight, int kBits>
         Isa::template store_entries<kBits>(&entries[v * Isa::kLanes].weight, w[v], indices[v], j, bases[j] - first);
       }
       entries += kBlockRows;
-    }
+    });
     chunk += chunk_bytes(kBits, sizeof(Weight));
     bases += kSlots;
   }
