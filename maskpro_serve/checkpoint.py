@@ -88,8 +88,9 @@ class PackedFormat:
 
     def to_dict(self) -> dict[str, Any]:
         """The inverse of :meth:`from_dict`."""
+        own = {"quant_method", "format", "format_version", "pattern", "ignore", "values"}
         return {
-            **(self.provenance or {}),
+            **{key: value for key, value in (self.provenance or {}).items() if key not in own},
             "quant_method": QUANT_METHOD,
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -314,6 +315,8 @@ def _checked_names(folder: Path, headers: Mapping[str, TensorInfo], packed: Pack
     for name in names:
         if twin := headers.get(f"{name}.weight"):
             raise CheckpointError(f"{twin}: unexpected, {name} is also there packed")
+        if packed.values is None and (scale := headers.get(name + SCALE_SUFFIX)):
+            raise CheckpointError(f"{scale}: unexpected, config.json does not say that values are int8")
         if name in packed.ignore:
             raise CheckpointError(f"{folder / 'config.json'}: ignore: {name} is said to be dense, but it is packed")
     listed = read_index(folder)

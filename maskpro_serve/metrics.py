@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from prometheus_client import Gauge
 
-from maskpro_kernels import NMPattern, NMWeight
+from maskpro_kernels import NMPattern
 
 logger = logging.getLogger("vllm.maskpro")  # under vLLM's logger, so its handler and level apply
 
@@ -24,7 +24,7 @@ LINEAR_LAYERS = Gauge(
 )
 WEIGHT_BYTES = Gauge(
     "maskpro_weight_bytes",
-    "Bytes of the packed linears: as they are, and as a dense weight of the same dtype would be.",
+    "Bytes of the packed linears: in memory, and as dense weights of the same dtype (16 bits for int8) would take.",
     ["kind"],
     multiprocess_mode="sum",
 )
@@ -44,15 +44,15 @@ class LayerTally:
         """A layer's parameters exist and wait for the checkpoint."""
         self._waiting += 1
 
-    def loaded(self, weight: NMWeight, partitions: int, backend: str) -> None:
-        """A layer of ``partitions`` fused matrices was loaded and will run on ``backend``."""
+    def loaded(self, packed_bytes: int, dense_bytes: int, partitions: int, backend: str) -> None:
+        """A layer of ``partitions`` fused matrices was loaded, takes these bytes and will run on ``backend``."""
         self._waiting -= 1
         self._backends[backend] += partitions
-        self._packed_bytes += weight.nbytes
-        self._dense_bytes += weight.dense_nbytes
+        self._packed_bytes += packed_bytes
+        self._dense_bytes += dense_bytes
         LINEAR_LAYERS.labels(backend, str(self.pattern)).inc(partitions)
-        WEIGHT_BYTES.labels("packed").inc(weight.nbytes)
-        WEIGHT_BYTES.labels("dense_equivalent").inc(weight.dense_nbytes)
+        WEIGHT_BYTES.labels("packed").inc(packed_bytes)
+        WEIGHT_BYTES.labels("dense_equivalent").inc(dense_bytes)
         if self._waiting == 0:
             self._report()
 

@@ -40,7 +40,7 @@ def test_vllm_is_imported_only_where_it_is_needed(repository):
         for file in repository.glob("maskpro_serve/**/*.py")
         if "vllm" in imported_packages(file)
     }
-    quantization = {f"maskpro_serve/quantization/{name}.py" for name in ("config", "linear", "params")}
+    quantization = {f"maskpro_serve/quantization/{name}.py" for name in ("config", "head", "linear", "params")}
     assert users == {"maskpro_serve/plugin.py", "maskpro_serve/server.py", *quantization}
 
 

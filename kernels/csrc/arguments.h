@@ -12,8 +12,8 @@ inline bool is_float(int32_t dtype) {
   return dtype == MASKPRO_F32 || dtype == MASKPRO_BF16 || dtype == MASKPRO_F16;
 }
 
-// Sizes whose products overflow no int64: more than any machine's memory holds.
-inline bool is_size(int64_t size) { return size >= 0 && size <= (int64_t{1} << 31); }
+// Sizes that an int32 holds, and whose products overflow no int64: more than any machine's memory holds.
+inline bool is_size(int64_t size) { return size >= 0 && size <= (int64_t{1} << 30); }
 
 inline bool is_weight(int64_t in_features, int64_t out_features, int32_t n, int32_t m, int32_t dtype) {
   if (m != 4 && m != 8 && m != 16 && m != 32) return false;

@@ -61,6 +61,8 @@ inline void convert(const Element* from, int64_t count, float* to) {
 }
 
 // The first column of each slot's group; slots past a row's last repeat it.
+// (Isa only keeps the copies of different compiler flags apart.)
+template <class Isa>
 inline void write_bases(const NMLinear& call, int64_t slots, int32_t* bases) {
   int64_t slot = 0;
   const int32_t width = call.n == call.m ? 1 : call.m;

@@ -12,8 +12,8 @@
 //   values   [slots][16]; bfloat16 values are ordered row 0, 8, 1, 9, ..., 15, so that a shift and an AND give rows 0
 //            to 7 and 8 to 15
 //
-// Rows past the last and slots past a row's last have zero values and indices. 2:4 takes as many bytes as FORMAT.md's
-// order. This order is private to a process: it is made when a weight is loaded, and may change.
+// Rows past the last and slots past a row's last have zero values and indices. A kept value takes its bits and 2, 3.2, 4
+// or 5.33 of an index for m = 4, 8, 16 or 32: 2:4 takes 9 bits a weight in bfloat16, as in FORMAT.md's order. This order is private to a process: it is made when a weight is loaded, and may change.
 #ifndef MASKPRO_INTERLEAVED_H_
 #define MASKPRO_INTERLEAVED_H_
 
@@ -50,7 +50,8 @@ struct Interleaved {
   int64_t block_bytes;
   int64_t blocks;
 
-  Interleaved(int64_t in_features, int64_t out_features, int32_t n, int32_t m, int32_t dtype)
+  // Inlined, so that no copy compiled for one instruction set is called from another.
+  [[gnu::always_inline]] Interleaved(int64_t in_features, int64_t out_features, int32_t n, int32_t m, int32_t dtype)
       : bits(index_bits(n, m)),
         kept(in_features / m * n),
         chunks((kept + chunk_slots(bits) - 1) / chunk_slots(bits)),

@@ -12,12 +12,11 @@ bool isa_available(int32_t isa) {
 #ifdef MASKPRO_X86_64
     case MASKPRO_AVX2:
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-             __builtin_cpu_supports("f16c") && __builtin_cpu_supports("popcnt");
+             __builtin_cpu_supports("f16c");
     case MASKPRO_AVX512:
-      return isa_available(MASKPRO_AVX2) && __builtin_cpu_supports("bmi2") &&
-             __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-             __builtin_cpu_supports("avx512vbmi2");
+      return isa_available(MASKPRO_AVX2) && __builtin_cpu_supports("avx512f") &&
+             __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+             __builtin_cpu_supports("avx512vl");
 #endif
     default:
       return false;

@@ -1,11 +1,12 @@
 // y = x W^T + b for (N:M)-sparse W: checks the arguments and chooses the instruction set.
 //
 // Roofline. For few tokens the time is that of reading the weights, so the bits stored per original
-// weight set the limit: dense f32 32, dense bf16 16, N:M (N/M) * dtype bits + 1:
+// weight set the limit: dense f32 32, dense bf16 16, N:M (N/M) * (dtype bits + an index's, interleaved.h):
 //
 //               bits    limit over dense bf16    limit over dense f32
 //   2:4 bf16     9              1.78x                   3.56x
-//   1:4 bf16     5              3.20x                   6.40x
+//   1:4 bf16     4.5            3.56x                   7.11x
+//   4:8 bf16     9.6            1.67x                   3.33x
 //   2:4 f32     17               -                      1.88x
 //   2:4 int8     5              3.20x                   6.40x
 //

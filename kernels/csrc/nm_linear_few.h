@@ -24,9 +24,10 @@ constexpr int64_t kPrefetchBytes = 4096;
 
 // The hardware runs ahead of a stream, but stops where a page ends: fetches the lines of slot j, some chunks ahead. (A
 // prefetch past the end of a buffer is no access.)
-template <int64_t kSlotBytes>
-[[gnu::always_inline]] inline void prefetch(const uint8_t* chunk, int j) {
-  if (j * kSlotBytes % 64 < kSlotBytes) __builtin_prefetch(chunk + kPrefetchBytes + j * kSlotBytes);
+template <class Weight>
+[[gnu::always_inline]] inline void prefetch(const Weight* values, int j) {
+  constexpr int64_t kSlotBytes = kBlockRows * sizeof(Weight);
+  if (j * kSlotBytes % 64 < kSlotBytes) __builtin_prefetch(reinterpret_cast<const uint8_t*>(values) + kPrefetchBytes + j * kSlotBytes);
 }
 
 // sums[t][row] += rows . x[t] over some chunks of a block. All tokens use a weight once it is in registers; every
@@ -49,12 +50,15 @@ template <class Isa, class Weight, int kBits, int kTokens>
   }
   for (int64_t c = 0; c < chunks; ++c) {
     typename Isa::Indices indices[kVectors] = {};
-    if constexpr (kBits > 0) Isa::load_indices(chunk, indices);
+    if constexpr (kBits > 0) {
+      Isa::load_indices(chunk, indices);
+      __builtin_prefetch(chunk + kPrefetchBytes);
+    }
     const Weight* values = reinterpret_cast<const Weight*>(chunk + chunk_index_bytes(kBits));
     for_slots<Isa, kSlots>([&](int j) {
       Vec w[kVectors];
       Isa::load_slot(values + j * kBlockRows, w);
-      prefetch<kBlockRows * sizeof(Weight)>(chunk, j);
+      prefetch(values, j);
       const float* group = x + bases[j];
 #pragma GCC unroll 8
       for (int t = 0; t < kTokens; ++t) {
@@ -87,7 +91,7 @@ class FewTokens {
     float* scratch = thread_scratch(slots + x_floats + call_.threads * sums_floats);
     if (scratch == nullptr) return MASKPRO_NO_MEMORY;
     int32_t* bases = reinterpret_cast<int32_t*>(scratch);
-    write_bases(call_, slots, bases);
+    write_bases<Isa>(call_, slots, bases);
     const float* x = convert_x(scratch + slots);
 #pragma omp parallel num_threads(call_.threads)
     {

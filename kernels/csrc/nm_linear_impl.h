@@ -30,8 +30,10 @@ int32_t run_nm_linear(const NMLinear& call) {
           return run_pattern<Isa, Weight, Act, 3>(call);
         case 4:
           return run_pattern<Isa, Weight, Act, 4>(call);
-        default:
+        case 5:
           return run_pattern<Isa, Weight, Act, 5>(call);
+        default:
+          return int32_t{MASKPRO_BAD_ARGUMENT};
       }
     });
   });

@@ -120,7 +120,7 @@ class ManyTokens {
     if (scratch == nullptr) return MASKPRO_NO_MEMORY;
     x_ = scratch;
     bases_ = reinterpret_cast<int32_t*>(scratch + x_floats + call_.threads * thread_floats);
-    write_bases(call_, slots, bases_);
+    write_bases<Isa>(call_, slots, bases_);
 #pragma omp parallel num_threads(call_.threads)
     {
       // The runtime may grant fewer threads than asked.

@@ -95,6 +95,7 @@ struct Avx2 {
       } else if constexpr (kBits == 4) {
         return choose(permute(group, index), permute(group + 8, index), _mm256_slli_epi32(index, 28));
       } else {
+        static_assert(kBits == 5);
         const __m256i bit3 = _mm256_slli_epi32(index, 28);
         const Vec low = choose(permute(group, index), permute(group + 8, index), bit3);
         const Vec high = choose(permute(group + 16, index), permute(group + 24, index), bit3);

@@ -80,6 +80,7 @@ struct Avx512 {
       } else if constexpr (kBits == 4) {
         return _mm512_permutexvar_ps(index, load(group));
       } else {
+        static_assert(kBits == 5);
         return _mm512_permutex2var_ps(load(group), index, load(group + kLanes));
       }
     }

@@ -5,6 +5,7 @@ A packed weight is brought into it once, when it is loaded. The order is private
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import MutableMapping
 from dataclasses import dataclass
 from threading import Lock
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from maskpro_kernels import _cpu
-from maskpro_kernels.packing import NMWeight
+from maskpro_kernels.packing import WEIGHT_DTYPES, NMWeight
 from maskpro_kernels.pattern import NMPattern
 
 DENSE = NMPattern(4, 4)
@@ -48,34 +49,54 @@ class InterleavedWeight:
 def interleave(weight: NMWeight) -> InterleavedWeight:
     """Brings a packed weight on the CPU into the kernels' order.
 
+    Raises:
+        ValueError: the weight is on another device.
+
     Cost: reads the weight and writes as much, on all threads; both are in memory until the caller drops the first.
     """
-    pattern = weight.pattern
-    data = _cpu.interleave(
-        weight.values.contiguous(), weight.bitmask.contiguous(), weight.shape[1], pattern.n, pattern.m,
-        torch.get_num_threads(),
-    )  # fmt: skip
-    return InterleavedWeight(data, weight.scale, weight.shape, pattern, weight.values.dtype)
+    _on_cpu(weight.values)
+    data = _interleaved(weight.values, weight.bitmask, weight.shape[1], weight.pattern)
+    scale = None if weight.scale is None else weight.scale.contiguous()
+    return InterleavedWeight(data, scale, weight.shape, weight.pattern, weight.values.dtype)
 
 
 def interleave_dense(weight: Tensor) -> InterleavedWeight:
     """The same for a dense (out_features, in_features) weight: it is read in its own dtype, whatever the activations'.
 
     Raises:
-        ValueError: 4 does not divide in_features.
+        ValueError: 4 does not divide in_features, the dtype is no 16 or 32 bit float, or it is on another device.
     """
+    _on_cpu(weight)
+    if weight.dtype not in WEIGHT_DTYPES:
+        raise ValueError(f"interleave: expected one of {WEIGHT_DTYPES}, found {weight.dtype}")
     DENSE.kept(weight.shape[1])
     data = _cpu.interleave(weight.contiguous(), None, weight.shape[1], DENSE.n, DENSE.m, torch.get_num_threads())
     return InterleavedWeight(data, None, (weight.shape[0], weight.shape[1]), DENSE, weight.dtype)
 
 
-# values to (what they were made of, data)
-_known: MutableMapping[Tensor, tuple[object, Tensor]] = WeakTensorKeyDictionary()
+def _on_cpu(weight: Tensor) -> None:
+    if weight.device.type != "cpu":
+        raise ValueError(f"interleave: expected a weight on the CPU, found one on {weight.device}")
+
+
+@dataclass(frozen=True)
+class _Remembered:
+    """What an interleaved weight was made of, and it."""
+
+    state: tuple[object, ...]
+    bitmask: weakref.ref[Tensor]
+    data: Tensor
+
+
+_known: MutableMapping[Tensor, _Remembered] = WeakTensorKeyDictionary()
 _lock = Lock()
 
 
 def remembered(values: Tensor, bitmask: Tensor, in_features: int, pattern: NMPattern) -> Tensor:
-    """The data of :func:`interleave`, made once for as long as ``values`` lives and neither it nor the bitmask changes.
+    """The data of :func:`interleave`, made once for as long as the same two tensors are given.
+
+    Made anew where PyTorch counts a write to one of them, or either has other storage, dtype or shape. Writes through
+    ``.data`` are not counted; nor are any to inference tensors, for which it is made every time.
 
     Args:
         values: (out_features, kept), on the CPU.
@@ -83,17 +104,23 @@ def remembered(values: Tensor, bitmask: Tensor, in_features: int, pattern: NMPat
         in_features: columns of the weight.
         pattern: the (N:M) pattern.
     """
-    state = (_version(values), _version(bitmask), bitmask.data_ptr(), pattern)
+    if values.is_inference() or bitmask.is_inference():
+        return _interleaved(values, bitmask, in_features, pattern)
+    state = (*_identity(values), *_identity(bitmask), pattern)
     with _lock:
         found = _known.get(values)
-        if found is None or found[0] != state:
-            data = _cpu.interleave(
-                values.contiguous(), bitmask.contiguous(), in_features, pattern.n, pattern.m, torch.get_num_threads()
-            )
-            _known[values] = found = (state, data)
-        return found[1]
+    if found is None or found.state != state or found.bitmask() is not bitmask:
+        found = _Remembered(state, weakref.ref(bitmask), _interleaved(values, bitmask, in_features, pattern))
+        with _lock:
+            _known[values] = found
+    return found.data
 
 
-def _version(tensor: Tensor) -> int:
-    """Raised by every write in place; an inference tensor keeps no count."""
-    return 0 if tensor.is_inference() else tensor._version
+def _identity(tensor: Tensor) -> tuple[object, ...]:
+    return tensor._version, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
+
+
+def _interleaved(values: Tensor, bitmask: Tensor, in_features: int, pattern: NMPattern) -> Tensor:
+    return _cpu.interleave(
+        values.contiguous(), bitmask.contiguous(), in_features, pattern.n, pattern.m, torch.get_num_threads()
+    )

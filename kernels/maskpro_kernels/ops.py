@@ -44,8 +44,8 @@ def nm_linear(x: Tensor, weight: NMWeight | InterleavedWeight, bias: Tensor | No
         ValueError: in_features disagrees (the message gives both), or the bias does.
         UnsupportedKernelError: no backend covers (pattern, dtype, device); the message lists those that do.
 
-    Cost: reads out * in * (N/M * dtype bytes + 1/8) bytes of weight for M = 4 (csrc/interleaved.h has the rest);
-        memory-bound for few tokens.
+    Cost: on the CPU reads N/M * (dtype bits + 2 for M = 4, 3.2 for 8, 4 for 16, 5.3 for 32) bits a weight; memory-bound
+        for few tokens.
     Source: FORMAT.md for the layout; MaskPro (arXiv:2506.12876) for the pattern.
     """
     n, m = weight.pattern.n, weight.pattern.m
@@ -96,15 +96,16 @@ def _check_bias(x: Tensor, bias: Tensor | None, out_features: int) -> None:
         )
 
 
-def _check_scale(scale: Tensor | None, dtype: torch.dtype, out_features: int) -> None:
+def _check_scale(x: Tensor, scale: Tensor | None, dtype: torch.dtype, out_features: int) -> None:
     if scale is None and dtype != torch.int8:
         return
     if scale is None or dtype != torch.int8:
         raise ValueError(f"nm_linear: expected a scale with int8 weights, and only then; they are {dtype}")
-    if scale.dtype != torch.float32 or tuple(scale.shape) != (out_features,) or not scale.is_contiguous():
+    fits = scale.dtype == torch.float32 and tuple(scale.shape) == (out_features,) and scale.is_contiguous()
+    if not fits or scale.device != x.device:
         raise ValueError(
-            f"nm_linear: scale: expected contiguous torch.float32 {(out_features,)}, found {scale.dtype} "
-            f"{tuple(scale.shape)}"
+            f"nm_linear: scale: expected contiguous torch.float32 {(out_features,)} on {x.device}, found {scale.dtype} "
+            f"{tuple(scale.shape)} on {scale.device}"
         )
 
 
@@ -113,7 +114,7 @@ def _forward(
 ) -> Tensor:
     pattern = _pattern(n, m)
     _check(x, values, bitmask, bias, pattern)
-    _check_scale(scale, values.dtype, values.shape[0])
+    _check_scale(x, scale, values.dtype, values.shape[0])
     backend = select_backend(pattern, x.dtype, values.dtype, x.device.type)
     if backend.isa is None:
         rows = x.reshape(-1, x.shape[-1])
@@ -132,12 +133,12 @@ def _forward_interleaved(
             f"nm_linear: expected x (..., {in_features}), in_features of the weight, found {tuple(x.shape)}"
         )
     size = _interleaved_bytes(in_features, out_features, n, m, dtype)
-    if weight.numel() != size or weight.dtype != torch.uint8:
+    if weight.numel() != size or weight.dtype != torch.uint8 or not weight.is_contiguous():
         raise ValueError(
-            f"nm_linear: expected an interleaved weight of {size} bytes ({pattern}, {out_features} x {in_features}, "
-            f"{dtype}), found {weight.numel()} of {weight.dtype}"
+            f"nm_linear: expected an interleaved weight of {size} contiguous bytes ({pattern}, {out_features} x "
+            f"{in_features}, {dtype}), found {weight.numel()} of {weight.dtype}"
         )
-    _check_scale(scale, dtype, out_features)
+    _check_scale(x, scale, dtype, out_features)
     _check_bias(x, bias, out_features)
     backend = select_backend(pattern, x.dtype, dtype, "cpu")
     if backend.isa is None:

@@ -63,7 +63,7 @@ class NMWeight:
 
     @property
     def dense_nbytes(self) -> int:
-        """Bytes the dense weight would take in the same dtype; in 16 bits for values of int8, which come from those."""
+        """Bytes the dense weight would take in the same dtype; in 16 bits for values of int8."""
         return self.shape[0] * self.shape[1] * max(2, self.values.element_size())
 
 
@@ -123,8 +123,8 @@ def check_mask(mask: Tensor, pattern: NMPattern) -> None:
 def check_bitmask(weight: NMWeight) -> None:
     """Checks that every group of a packed weight's bitmask keeps exactly n, and spare bits are 0.
 
-    A kernel walks ``values`` by the bits it meets, so a wrong bitmask is a wrong answer (and, without
-    this check, a read past the row). Cost: a few passes over the bitmask, 1/8 byte per weight.
+    Values are told apart by the bits alone, so a wrong bitmask is a wrong answer. Cost: a few passes over the bitmask,
+    1/8 byte per weight.
 
     Raises:
         ValueError: as :func:`check_mask`, or a spare bit is set.

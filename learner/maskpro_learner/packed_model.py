@@ -221,7 +221,15 @@ def _unpack(parts: dict[str, Tensor], where: str, pattern: NMPattern) -> Tensor:
     if shape.dtype != torch.int64 or tuple(shape.shape) != (2, 1):
         raise ModelError(f"{where}.shape: expected torch.int64 (2, 1), found {shape.dtype} {tuple(shape.shape)}")
     out_features, in_features = (int(size) for size in shape.flatten())
-    scale = parts[_SCALE].float().flatten() if _SCALE in parts else None
+    scale = None
+    if _SCALE in parts:
+        found = parts[_SCALE]
+        if not found.is_floating_point() or tuple(found.shape) != (out_features, 1) or not found.isfinite().all():
+            raise ModelError(
+                f"{where}.{_SCALE}: expected finite floats of shape {(out_features, 1)}, found {found.dtype} "
+                f"{tuple(found.shape)}"
+            )
+        scale = found.float().flatten()
     try:
         return unpack(NMWeight(parts["compressed"], parts["bitmask"], (out_features, in_features), pattern, scale))
     except ValueError as error:

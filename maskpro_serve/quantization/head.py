@@ -1,7 +1,8 @@
-"""The output head and other dense linears: read in the checkpoint's dtype, whatever the activations' is.
+"""The output head: read in the checkpoint's dtype, whatever the activations' is.
 
-With float32 activations vLLM widens every dense weight, and a small model then reads more bytes for its output head
-than for all its packed linears together. The kernels of the packed weights read a dense one as well.
+With float32 activations vLLM widens every dense weight, and a small model then reads about as many bytes for its output
+head as for all its packed linears together. The kernels of the packed weights read a dense one as well. The copy costs
+2 bytes a weight of memory: vLLM's own stays, for the embedding that may be tied to it and for many rows at once.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
 from maskpro_kernels.interleaved import DENSE, interleave_dense
+from maskpro_kernels.support import select_backend
 
 _HALVES = (torch.bfloat16, torch.float16)
 _MOST_TOKENS = 32
@@ -28,13 +30,16 @@ class HeadMethod(UnquantizedEmbeddingMethod):
         super().process_weights_after_loading(layer)
         config = get_current_vllm_config().model_config
         weight = layer.weight.data
+        stored = config.hf_config.dtype
         if (
-            weight.device.type != "cpu" or config.dtype != torch.float32 or config.hf_config.dtype not in _HALVES
-            or not DENSE.divides(weight.shape[1])
+            weight.device.type != "cpu" or config.dtype != torch.float32 or stored not in _HALVES
+            or not DENSE.divides(weight.shape[1]) or select_backend(DENSE, config.dtype, stored, "cpu").isa is None
         ):  # fmt: skip
             return
-        # Exact: the weights were widened from this dtype.
-        order = interleave_dense(weight.to(config.hf_config.dtype))
+        narrow = weight.to(stored)
+        if not torch.equal(narrow.to(weight.dtype), weight):
+            return  # a head of more bits than config.json says of the model
+        order = interleave_dense(narrow)
         layer.maskpro_head = Parameter(order.data, requires_grad=False)
         layer.maskpro_head_dtype = order.dtype
 

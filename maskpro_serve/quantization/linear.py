@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
-from vllm.model_executor.parameter import BasevLLMParameter, ChannelQuantScaleParameter
+from vllm.model_executor.parameter import BasevLLMParameter
 
 from maskpro_kernels import NMWeight
 from maskpro_kernels.bits import bitmask_width, pack_bits
@@ -17,7 +17,7 @@ from maskpro_kernels.interleaved import interleave
 from maskpro_kernels.packing import WEIGHT_DTYPES, check_bitmask
 from maskpro_kernels.support import select_backend
 from maskpro_serve.checkpoint import CheckpointError
-from maskpro_serve.quantization.params import PackedParameter
+from maskpro_serve.quantization.params import PackedParameter, ScaleParameter
 
 if TYPE_CHECKING:
     from maskpro_serve.quantization.config import MaskProConfig
@@ -69,10 +69,9 @@ class NMLinearMethod(LinearMethodBase):
             parameter = PackedParameter(data=data, weight_loader=weight_loader, tensor_name=f"{self.prefix}.{name}")
             layer.register_parameter(name, parameter)
         if values.dtype == torch.int8:
-            scale = torch.full((rows, 1), torch.nan, dtype=torch.float32)
-            layer.register_parameter(
-                "weight_scale", ChannelQuantScaleParameter(data=scale, output_dim=0, weight_loader=weight_loader)
-            )
+            name, scale = f"{self.prefix}.weight_scale", torch.zeros((rows, 1), dtype=torch.float32)
+            parameter = ScaleParameter(data=scale, weight_loader=weight_loader, tensor_name=name)
+            layer.register_parameter("weight_scale", parameter)
         # Read because the checkpoint holds it, dropped after loading; the sizes are checked on the tensors.
         shape = BasevLLMParameter(data=torch.zeros((2, 1), dtype=torch.int64), weight_loader=weight_loader)
         layer.register_parameter("shape", shape)
@@ -84,14 +83,14 @@ class NMLinearMethod(LinearMethodBase):
         if not hasattr(layer, "shape"):  # vLLM may call this twice
             return
         if get_current_vllm_config().load_config.load_format != "dummy":
-            for parameter in (layer.compressed, layer.bitmask):
-                if not parameter.loaded_rows:
+            for parameter in (layer.compressed, layer.bitmask, getattr(layer, "weight_scale", None)):
+                if parameter is not None and not parameter.loaded_rows:
                     raise CheckpointError(f"{parameter.tensor_name}: missing in the checkpoint")
         weight = self._loaded(layer)
         del layer.shape
         activation_dtype = get_current_vllm_config().model_config.dtype
         backend = select_backend(weight.pattern, activation_dtype, weight.values.dtype, weight.values.device.type)
-        self.config.tally.loaded(weight, layer.maskpro_partitions, backend.name)
+        nbytes = weight.nbytes
         layer.maskpro_shape, layer.maskpro_dtype = weight.shape, weight.values.dtype
         if weight.scale is not None:
             layer.weight_scale = Parameter(weight.scale, requires_grad=False)
@@ -99,8 +98,11 @@ class NMLinearMethod(LinearMethodBase):
             layer.compressed = Parameter(weight.values, requires_grad=False)
             layer.bitmask = Parameter(weight.bitmask, requires_grad=False)
         else:  # the CPU's own order replaces the stored one, layer by layer: never both of the whole model
-            layer.interleaved = Parameter(interleave(weight).data, requires_grad=False)
+            order = interleave(weight)
+            nbytes = order.nbytes
+            layer.interleaved = Parameter(order.data, requires_grad=False)
             del layer.compressed, layer.bitmask
+        self.config.tally.loaded(nbytes, weight.dense_nbytes, layer.maskpro_partitions, backend.name)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         pattern = self.config.pattern
@@ -117,7 +119,7 @@ class NMLinearMethod(LinearMethodBase):
         if layer.compressed.dtype == torch.int8:
             scale = layer.weight_scale.data.flatten()
             if not torch.isfinite(scale).all():
-                raise CheckpointError(f"{self.prefix}.weight_scale: missing in the checkpoint, or not finite")
+                raise CheckpointError(f"{self.prefix}.weight_scale: expected finite scales, found inf or NaN")
         shape = (layer.compressed.shape[0], layer.maskpro_in_features)
         weight = NMWeight(layer.compressed.data, layer.bitmask.data, shape, self.config.pattern, scale)
         try:

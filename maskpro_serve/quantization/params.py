@@ -1,6 +1,6 @@
-"""How ``compressed`` and ``bitmask`` shard under tensor parallelism.
+"""How ``compressed``, ``bitmask`` and ``weight_scale`` shard under tensor parallelism.
 
-Both are (out_features, something proportional to in_features), so vLLM's own weight parameter shards
+The first two are (out_features, something proportional to in_features), so vLLM's own weight parameter shards
 them: rows for column-parallel layers, columns for row-parallel ones, each by the parameter's own local
 size. What is added here is refusal: ``narrow`` would silently take a part of a tensor that is too large.
 """
@@ -17,7 +17,7 @@ from maskpro_serve.checkpoint import CheckpointError
 
 
 class PackedParameter(ModelWeightParameter):
-    """A shard of ``compressed`` or ``bitmask``; refuses a checkpoint tensor of another size.
+    """A shard of one part of a packed weight; refuses a checkpoint tensor of another size.
 
     Attributes:
         tensor_name: the name in error messages, vLLM's layer prefix and the parameter's own.
@@ -62,3 +62,11 @@ class PackedParameter(ModelWeightParameter):
         replicas = 1 if kwargs["shard_id"] == "q" else kwargs["num_heads"]
         self._expect(loaded_weight, kwargs["shard_size"] * self.tp_size // replicas, self.data.shape[1])
         super().load_qkv_weight(loaded_weight, **kwargs)
+
+
+class ScaleParameter(PackedParameter):
+    """A shard of ``weight_scale`` (out_features, 1), which every rank of a row-parallel layer holds whole."""
+
+    def load_row_parallel_weight(self, loaded_weight: Tensor) -> None:
+        self._expect(loaded_weight, *self.data.shape)
+        self.data.copy_(loaded_weight)

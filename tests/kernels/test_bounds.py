@@ -50,7 +50,7 @@ def ending_at_a_guard_page(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     pattern=st.sampled_from([4, 8, 16, 32]).flatmap(lambda m: st.builds(NMPattern, st.integers(1, m), st.just(m))),
     groups=st.integers(1, 12) | st.integers(13, 300),
     rows=st.integers(1, 9) | st.integers(40, 60),
-    tokens=st.integers(1, 8) | st.integers(9, 30),
+    tokens=st.integers(1, 8) | st.integers(9, 70),
     dtypes=st.tuples(st.sampled_from(FLOATS), st.sampled_from(list(CODES)), st.sampled_from(FLOATS)),
     threads=st.integers(1, 2),
 )
@@ -114,7 +114,8 @@ def test_a_valid_call():
     "changes",
     [
         {"n": 0}, {"n": 5}, {"m": 3}, {"m": 64}, {"in_features": 18}, {"in_features": 0}, {"in_features": -4},
-        {"tokens": -1}, {"out_features": -1}, {"tokens": 1 << 40}, {"act_dtype": 3}, {"act_dtype": 4},
+        {"tokens": -1}, {"out_features": -1}, {"tokens": 1 << 31},
+        {"in_features": 1 << 31}, {"act_dtype": 3}, {"act_dtype": 4},
         {"weight_dtype": -1}, {"weight_dtype": 4},
         {"bias": 1, "bias_dtype": 3}, {"threads": 0}, {"y": None}, {"x": None}, {"weight": None},
     ],

@@ -74,7 +74,7 @@ def run_on_nan(x: torch.Tensor, weight: NMWeight, bias: torch.Tensor | None, isa
 @pytest.mark.parametrize("isa", ISAS)
 @given(
     pattern=PATTERNS,
-    # Several vector blocks, a block of 1024 columns crossed, and every tail.
+    # Several blocks of columns of the loops for many tokens, and every tail.
     groups=st.integers(1, 40) | st.integers(41, 330),
     rows=st.integers(1, 70),
     tokens=st.integers(0, 9) | st.integers(10, 70),
@@ -118,23 +118,45 @@ def test_a_packed_weight_is_interleaved_once_until_it_changes():
     weight.values.mul_(2)
     assert torch.equal(nm_linear(x, weight), 2 * first)
     assert torch.equal(nm_linear(x, interleave(weight)), 2 * first)
+    weight.values.data = weight.values.data / 2  # the same tensor, other storage
+    assert torch.equal(nm_linear(x, weight), first)
+    other = pack(torch.randn(32, 64), NMPattern(2, 4))
+    moved = NMWeight(weight.values, other.bitmask, weight.shape, weight.pattern)
+    assert torch.equal(nm_linear(x, moved), nm_linear(x, interleave(moved)))
+    with torch.inference_mode():
+        inside = pack(torch.randn(32, 64), NMPattern(2, 4))
+        second = nm_linear(x, inside)
+        inside.values.mul_(2)
+        assert torch.equal(nm_linear(x, inside), 2 * second)
 
 
 def test_an_interleaved_weight_of_another_size_is_refused():
     weight = interleave(pack(torch.randn(16, 64), NMPattern(2, 4)))
     with pytest.raises(ValueError, match=r"expected x \(..., 64\), in_features of the weight, found \(3, 60\)"):
         nm_linear(torch.randn(3, 60), weight)
-    with pytest.raises(ValueError, match=r"of 1152 bytes \(2:4, 16 x 64, torch.bfloat16\), found 2176 of torch.uint8"):
+    with pytest.raises(
+        ValueError, match=r"of 1152 contiguous bytes \(2:4, 16 x 64, torch.bfloat16\), found 2176 of torch.uint8"
+    ):
         torch.ops.maskpro.nm_linear_interleaved(
             torch.randn(3, 64), weight.data, None, None, 16, 64, 2, 4, torch.bfloat16
         )
+    with pytest.raises(ValueError, match=r"of 2176 contiguous bytes"):
+        torch.ops.maskpro.nm_linear_interleaved(
+            torch.randn(3, 64), weight.data[:1].expand(2176), None, None, 16, 64, 2, 4, torch.float32
+        )
+    with pytest.raises(ValueError, match=r"interleave: expected one of .*, found torch\.int8"):
+        interleave_dense(torch.ones(4, 8, dtype=torch.int8))
+    with pytest.raises(ValueError, match="interleave: expected a weight on the CPU, found one on meta"):
+        interleave_dense(torch.ones(4, 8, device="meta"))
 
 
 def test_int8_values_come_with_a_scale():
     weight = to_int8(pack(torch.randn(16, 64), NMPattern(2, 4)))
     with pytest.raises(ValueError, match=r"expected a scale with int8 weights, and only then; they are torch\.int8"):
         torch.ops.maskpro.nm_linear(torch.randn(3, 64), weight.values, weight.bitmask, None, None, 2, 4)
-    with pytest.raises(ValueError, match=r"scale: expected contiguous torch.float32 \(16,\), found torch.float64"):
+    with pytest.raises(
+        ValueError, match=r"scale: expected contiguous torch.float32 \(16,\) on cpu, found torch.float64"
+    ):
         torch.ops.maskpro.nm_linear(
             torch.randn(3, 64), weight.values, weight.bitmask, weight.scale.double(), None, 2, 4
         )

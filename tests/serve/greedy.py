@@ -1,8 +1,13 @@
-"""Run by tests in a process of its own: greedy token ids of a model folder in vLLM, through the plugin alone."""
+"""Run by tests in a process of its own: greedy token ids of a model folder in vLLM, through the plugin alone; and
+whether its output head runs on our kernel."""
 
 import json
+import os
 import sys
 from pathlib import Path
+
+os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # apply_model sends a function to the worker,
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # which must find it
 
 from vllm import LLM, SamplingParams
 
@@ -16,9 +21,9 @@ def main() -> None:
     prompts = [{"prompt_token_ids": list(span)} for span in spans]
     sampling = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True, detokenize=False)
     outputs = llm.generate(prompts, sampling, use_tqdm=False)
-    Path(sys.argv[2]).write_text(
-        json.dumps([list(output.outputs[0].token_ids) for output in outputs])
-    )  # vLLM prints on stdout
+    head = llm.apply_model(lambda model: hasattr(model.lm_head, "maskpro_head"))
+    tokens = [list(output.outputs[0].token_ids) for output in outputs]
+    Path(sys.argv[2]).write_text(json.dumps({"tokens": tokens, "head": head[0]}))  # vLLM prints on stdout
 
 
 if __name__ == "__main__":

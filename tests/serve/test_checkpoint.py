@@ -172,6 +172,21 @@ def test_damaged_tensors_are_named(packed, damage):
     assert str(packed) in str(caught.value)
 
 
+def test_provenance_cannot_change_the_format(tiny, tmp_path):
+    file = read_masks(tiny["mask"])
+    mask = tmp_path / "mask"
+    write_masks(mask, file.masks, file.pattern, provenance={"values": "int8", "method": "magnitude"})
+    convert(tiny["dense"], tmp_path / "packed", mask=mask)
+    assert check_checkpoint(tmp_path / "packed", contents=True).values is None
+
+
+def test_a_scale_without_int8_values_is_refused(packed):
+    edit(packed, lambda t: t.__setitem__(f"{LAYER}.weight_scale", torch.ones(192, 1)))
+    (packed / "model.safetensors.index.json").unlink()
+    with pytest.raises(CheckpointError, match=rf"{LAYER}.weight_scale: unexpected, config.json does not say"):
+        check_checkpoint(packed, contents=False)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -23,20 +23,22 @@ GREEDY = Path(__file__).parent / "greedy.py"
 
 @pytest.fixture
 def greedy(tmp_path):
-    """Runs vLLM on a model folder, in processes of its own."""
+    """Runs vLLM on a model folder, in processes of its own; checks whether the head was interleaved."""
 
-    def run(folder: Path) -> list[list[int]]:
+    def run(folder: Path, *, head: bool) -> list[list[int]]:
         output = tmp_path / f"{folder.name}.json"
         finished = run_python(GREEDY, folder, output)
         assert finished.returncode == 0, finished.stderr[-3000:]
-        return json.loads(output.read_text())
+        document = json.loads(output.read_text())
+        assert document["head"] == head
+        return document["tokens"]
 
     return run
 
 
 def test_packed_equals_its_unpacked_twin(tiny, greedy):
-    packed = greedy(tiny["packed"])
-    assert packed == greedy(tiny["pruned"])
+    packed = greedy(tiny["packed"], head=True)
+    assert packed == greedy(tiny["pruned"], head=False)
     assert len({token for row in packed for token in row}) > 5  # not one token over and over
     # The same weights run by transformers.
     model = AutoModelForCausalLM.from_pretrained(tiny["pruned"], dtype=torch.float32)
@@ -49,7 +51,7 @@ def test_packed_equals_its_unpacked_twin(tiny, greedy):
 
 
 def test_int8_values_equal_their_unpacked_twin(tiny, greedy, tmp_path):
-    """The twin holds what the levels stand for, in float32, and shows that the model it makes is another one."""
+    """The twin holds what the levels stand for, in float32."""
     config, weights = load_packed(tiny["int8"])
     del config["quantization_config"]
     twin = tmp_path / "twin"
@@ -57,7 +59,12 @@ def test_int8_values_equal_their_unpacked_twin(tiny, greedy, tmp_path):
     (twin / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
     dense = {name: unpack(weight) if isinstance(weight, NMWeight) else weight for name, weight in weights.items()}
     save_file({name: tensor.float().contiguous() for name, tensor in dense.items()}, twin / "model.safetensors")
-    assert greedy(tiny["int8"]) == greedy(twin)
+    assert greedy(tiny["int8"], head=True) == greedy(twin, head=False)
+
+
+def test_the_reference_serves_as_well(tiny, greedy, monkeypatch):
+    monkeypatch.setenv("MASKPRO_KERNEL", "reference")
+    assert len(greedy(tiny["int8"], head=False)) == 3
 
 
 def test_a_damaged_checkpoint_stops_the_engine_with_our_sentence(tiny, tmp_path):
