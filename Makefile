@@ -6,7 +6,7 @@ MODEL ?= sparse-llama
 # More flags of `vllm serve`, for example: make serve ARGS="--port 8001"
 ARGS ?=
 
-.PHONY: help setup native serve test check wheel bench goldens lock clean
+.PHONY: help setup native serve test check wheel sanitize bench goldens lock clean
 
 help:
 	@echo "make serve    set up, then serve $(MODEL) on :8000"
@@ -14,6 +14,7 @@ help:
 	@echo "make check    lint, types, Dockerfile lint"
 	@echo "make native   rebuild the C++ kernels after a change"
 	@echo "make wheel    build the wheel and use it from another folder"
+	@echo "make sanitize the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer (7 minutes)"
 	@echo "make bench    kernel benchmark, then the server's decode speed, sparse against dense"
 	@echo "make goldens  rewrite tests/goldens (review the diff)"
 	@echo "make lock     renew requirements/cpu.txt from requirements/cpu.in"
@@ -45,6 +46,9 @@ check: setup
 
 wheel: setup
 	scripts/check_wheel.sh $(BIN)/python
+
+sanitize: setup
+	scripts/sanitize.sh $(BIN)/python
 
 bench: setup
 	$(BIN)/python kernels/bench/nm_linear.py --json docs/results/nm_linear.json
