@@ -38,6 +38,14 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used; names the file, the tensor, what was expected and found."""
 
 
+_OWN_KEYS = {"quant_method", "format", "format_version", "pattern", "ignore", "values"}
+
+
+def _foreign(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that are not the format's own: where the mask came from."""
+    return {key: value for key, value in entries.items() if key not in _OWN_KEYS}
+
+
 @dataclass(frozen=True)
 class PackedFormat:
     """The ``quantization_config`` of a packed checkpoint.
@@ -83,14 +91,12 @@ class PackedFormat:
         values = config.get("values")
         if values not in (None, "int8"):
             raise CheckpointError(f"{where}: values: expected 'int8' or none, found {values!r}")
-        own = {"quant_method", "format", "format_version", "pattern", "ignore", "values"}
-        return cls(pattern, tuple(ignore), {k: v for k, v in config.items() if k not in own}, values)
+        return cls(pattern, tuple(ignore), _foreign(config), values)
 
     def to_dict(self) -> dict[str, Any]:
         """The inverse of :meth:`from_dict`."""
-        own = {"quant_method", "format", "format_version", "pattern", "ignore", "values"}
         return {
-            **{key: value for key, value in (self.provenance or {}).items() if key not in own},
+            **_foreign(self.provenance or {}),
             "quant_method": QUANT_METHOD,
             "format": FORMAT,
             "format_version": FORMAT_VERSION,

@@ -44,7 +44,7 @@ struct Entry {
 template <class Isa, class Weight, int kBits>
 [[gnu::noinline]] void decode(const uint8_t* chunk, int64_t chunks, const int32_t* bases, int32_t first,
                               Entry* entries) {
-  constexpr int kVectors = kBlockRows / Isa::kLanes;
+  constexpr int kVectors = Isa::kVectors;
   constexpr int kSlots = chunk_slots(kBits);
   for (int64_t c = 0; c < chunks; ++c) {
     typename Isa::Indices indices[kVectors] = {};

@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from maskpro_kernels.packing import NMWeight
 
 LEVELS = 127
 """The largest magnitude; -128 is not used, so that negating a weight is exact."""
+
+
+def nearest_levels(values: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Rounds float32 values to the nearest of 255 levels that span their vector along ``dim``.
+
+    Returns:
+        int8 levels, and the float32 scale of each vector, its largest magnitude / 127, with ``dim`` kept as 1. A scale
+        is a normal number, however small the values: many processors take a subnormal one for zero.
+    """
+    smallest = torch.finfo(torch.float32).tiny
+    scale = (values.abs().amax(dim=dim, keepdim=True) / LEVELS).clamp_min(smallest)
+    return (values / scale).round().to(torch.int8), scale
 
 
 def to_int8(weight: NMWeight) -> NMWeight:
@@ -28,9 +41,6 @@ def to_int8(weight: NMWeight) -> NMWeight:
     values = weight.values.float()
     if not torch.isfinite(values).all():
         raise ValueError("int8: expected finite values, found inf or NaN")
-    largest = values.abs().amax(1) if values.numel() else values.new_zeros(len(values))
-    # A normal number: many processors take a subnormal one for zero.
-    smallest = torch.finfo(torch.float32).tiny
-    scale = torch.where(largest > 0, (largest / LEVELS).clamp_min(smallest), 1.0)
-    levels = (values / scale.unsqueeze(1)).round()
-    return NMWeight(levels.to(torch.int8), weight.bitmask, weight.shape, weight.pattern, scale)
+    levels, scale = nearest_levels(values, 1)
+    scale = torch.where(values.any(1), scale.squeeze(1), 1.0)
+    return NMWeight(levels, weight.bitmask, weight.shape, weight.pattern, scale)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from maskpro_kernels.files import file_sha256, read_safetensors, write_safetensors
+from maskpro_kernels.int8 import nearest_levels
 
 FORMAT_VERSION = 1
-_LEVELS = 127
 _SUFFIXES = (".b", ".b_scale", ".a", ".a_scale")
 
 
@@ -147,8 +147,8 @@ def _quantize(update: LowRank) -> list[Tensor]:
         factor = factor.detach().float().cpu()
         if not bool(torch.isfinite(factor).all()):
             raise ValueError("recovery: a factor is not finite")
-        scale = (factor.abs().amax(dim=along, keepdim=True) / _LEVELS).clamp_min(torch.finfo(torch.float32).tiny)
-        parts += [(factor / scale).round().to(torch.int8), scale.flatten()]
+        levels, scale = nearest_levels(factor, along)
+        parts += [levels, scale.flatten()]
     return parts
 
 

@@ -74,7 +74,7 @@ def load_for_evaluation(
         if mask is not None:
             raise LearnerError(f"--mask {mask}: expected a dense --model, found {name}, which is packed already")
         model, pattern = load_packed_model(name, dtype, device)
-        own = {"quant_method", "format", "format_version", "pattern", "ignore"}
+        own = {"quant_method", "format", "format_version", "pattern", "ignore", "values"}
         provenance = {key: str(value) for key, value in packed.items() if key not in own}
         return EvaluatedModel(model, "packed", pattern, provenance)
     if mask is None:
