@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from maskpro_kernels import NMPattern
+from maskpro_kernels.mask_sources import SOURCES
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -15,9 +17,13 @@ def _parser() -> argparse.ArgumentParser:
         prog="maskpro-pack", description="Pack a dense Hugging Face checkpoint and its N:M mask for maskpro-serve."
     )
     parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="dense model folder (safetensors)")
-    parser.add_argument("--mask", type=Path, metavar="FILE", help="mask file; without it the model's own zeros count")
+    parser.add_argument("--mask", type=Path, metavar="PATH", help=f"{SOURCES}; without it the model's own zeros count")
     parser.add_argument("--recovery", type=Path, metavar="FILE", help="recovery file made with this mask")
-    parser.add_argument("--pattern", metavar="N:M", help="kept:group, such as 2:4; required without --mask")
+    parser.add_argument(
+        "--pattern",
+        metavar="N:M|auto",
+        help="kept:group, such as 2:4; auto: what the model's zeros satisfy",
+    )
     parser.add_argument(
         "--values", choices=["int8"], help="round the kept values to 8 bits, with a scale for each output"
     )
@@ -31,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from maskpro_serve.convert import convert
 
     try:
-        pattern = NMPattern.parse(arguments.pattern) if arguments.pattern else None
+        text = arguments.pattern
+        pattern = NMPattern.parse(text) if text and text != "auto" else text
         report = convert(
             arguments.model, arguments.output, mask=arguments.mask, pattern=pattern, recovery=arguments.recovery,
             values=arguments.values, progress=sys.stderr.isatty(),
@@ -39,10 +46,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         print(f"maskpro-pack: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("maskpro-pack: interrupted; run it again to go on", file=sys.stderr)
+        return 130
+    if report.resumed:
+        print(f"{report.resumed} files were there from an earlier run")
     share = report.packed_bytes / report.dense_bytes
     values = f", values of {arguments.values}" if arguments.values else ""
     print(f"{arguments.output}: {len(report.packed)} linears packed {report.pattern}{values}")
     print(f"{report.packed_bytes / 1e6:.1f} MB for {report.dense_bytes / 1e6:.1f} MB of dense weights ({share:.4f})")
+    for pattern_found, count in Counter(report.found.values()).most_common():
+        print(f"zeros satisfy {pattern_found}: {count} linears")
     for name, reason in report.dense.items():
         print(f"left dense: {name}: {reason}")
     return 0

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-_DTYPES = {
+SAFETENSORS_DTYPES = {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64",
-    torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64",
+    torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.float32: "F32", torch.float64: "F64", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e8m0fnu: "F8_E8M0", torch.complex64: "C64",
 }  # fmt: skip
+"""The names that a safetensors header has for them."""
 
 
 @contextmanager
@@ -63,31 +68,88 @@ def write_atomically(path: Path, content: bytes) -> None:
         file.write(content)
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Writes a safetensors file through :func:`atomic_file`; equal content is an equal file.
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor to be written, before there is any data of it."""
 
-    The library's own writers copy all tensors first and put the metadata in another order every time.
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its data."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class PutRows(Protocol):
+    """Writes a part of a tensor to its place in the file: what :func:`safetensors_stream` yields."""
+
+    def __call__(self, name: str, rows: Tensor, first: int = 0) -> None: ...
+
+
+@contextmanager
+def safetensors_stream(path: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> Iterator[PutRows]:
+    """Writes a safetensors file through :func:`atomic_file` in pieces, in any order; equal content is an equal file.
+
+    Names, dtypes and shapes are known before, so the header comes first and every piece has its place: no more of the
+    file is in memory than the caller holds.
+
+    Args:
+        path: the file.
+        specs: every tensor of the file.
+        metadata: text to text.
+
+    Yields:
+        a function that writes ``rows`` (along the first dimension, from row ``first`` on) of tensor ``name``.
 
     Raises:
-        ValueError: a dtype that none of this project's files holds.
-        OSError: as there.
+        ValueError: a dtype that safetensors has no name for.
+        OSError: as :func:`atomic_file`.
+    """
+    # Widest first, so that all are aligned; the metadata in order, where the library's own writer has them in any.
+    ordered = sorted(specs, key=lambda spec: (-spec.dtype.itemsize, spec.name))
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    end = 0
+    for spec in ordered:
+        if spec.dtype not in SAFETENSORS_DTYPES:
+            known = ", ".join(map(str, SAFETENSORS_DTYPES))
+            raise ValueError(f"{path}: {spec.name}: expected one of {known}, found {spec.dtype}")
+        begin, end = end, end + spec.nbytes
+        entry = {"dtype": SAFETENSORS_DTYPES[spec.dtype], "shape": list(spec.shape), "data_offsets": [begin, end]}
+        header[spec.name] = entry
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    places = {spec.name: (spec, 8 + len(text) + header[spec.name]["data_offsets"][0]) for spec in ordered}
+    written = 0
+    with atomic_file(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+
+        def put(name: str, rows: Tensor, first: int = 0) -> None:
+            nonlocal written
+            spec, place = places[name]
+            assert rows.dtype == spec.dtype
+            assert tuple(rows.shape[1:]) == spec.shape[1:]
+            file.seek(place + first * math.prod(spec.shape[1:]) * spec.dtype.itemsize)
+            file.write(rows.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            written += rows.nbytes
+
+        yield put
+        assert written == end, f"{path}: {written} bytes of {end} were written"
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Writes a safetensors file as :func:`safetensors_stream` does, from tensors that are all in memory.
+
+    Raises:
+        ValueError, OSError: as there.
 
     Memory: one copy of a tensor that is not contiguous, or not on the CPU.
     """
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))  # so that all are aligned
-    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
-    end = 0
-    for name, tensor in ordered:
-        if tensor.dtype not in _DTYPES:
-            raise ValueError(f"{path}: {name}: expected one of {', '.join(map(str, _DTYPES))}, found {tensor.dtype}")
-        begin, end = end, end + tensor.nbytes
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    with atomic_file(path) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for _, tensor in ordered:
-            file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    with safetensors_stream(path, specs, metadata) as put:
+        for name, tensor in tensors.items():
+            put(name, tensor)
 
 
 def read_safetensors(path: Path, what: str, error_type: type[ValueError]) -> tuple[dict[str, str], dict[str, Tensor]]:

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from maskpro_kernels.bits import bitmask_width, pack_bits, unpack_bits
-from maskpro_kernels.files import read_safetensors, write_safetensors
+from maskpro_kernels.files import write_safetensors
 from maskpro_kernels.packing import check_mask
 from maskpro_kernels.pattern import NMPattern
 
@@ -82,24 +84,37 @@ def encode_states(mask: Tensor, pattern: NMPattern) -> Tensor:
     return code
 
 
-def decode_states(code: Tensor, pattern: NMPattern, shape: tuple[int, int]) -> Tensor:
-    """Inverse of :func:`encode_states`.
+def decode_states(
+    code: Tensor, pattern: NMPattern, shape: tuple[int, int], first: int = 0, rows: int | None = None
+) -> Tensor:
+    """Inverse of :func:`encode_states`, of all rows or some.
+
+    Args:
+        code: of the whole mask.
+        pattern: the pattern.
+        shape: (out, in) of the whole mask.
+        first: the first row wanted.
+        rows: how many; None for all from there.
 
     Raises:
         ValueError: a byte is no code, the length disagrees with the shape, or the padding is not state 0.
     """
     per_byte = groups_per_byte(pattern)
-    groups = shape[0] * pattern.kept(shape[1]) // pattern.n
+    width = pattern.kept(shape[1]) // pattern.n
+    groups = shape[0] * width
     expected = (groups + per_byte - 1) // per_byte
     if code.dtype != torch.uint8 or tuple(code.shape) != (expected,):
         raise ValueError(f"expected torch.uint8 ({expected},), found {code.dtype} {tuple(code.shape)}")
+    begin, end = first * width, groups if rows is None else (first + rows) * width
+    part = code[begin // per_byte : (end + per_byte - 1) // per_byte]
     limit = pattern.states**per_byte
-    if expected and int(code.max()) >= limit:
-        raise ValueError(f"byte {int(code.max())} is no code of {per_byte} {pattern} groups (below {limit})")
-    digits = torch.stack([code // pattern.states**k % pattern.states for k in range(per_byte)], dim=1).flatten()
-    if digits[groups:].any():
+    if len(part) and int(part.max()) >= limit:
+        raise ValueError(f"byte {int(part.max())} is no code of {per_byte} {pattern} groups (below {limit})")
+    digits = torch.stack([part // pattern.states**k % pattern.states for k in range(per_byte)], dim=1).flatten()
+    skipped = begin % per_byte
+    if end == groups and digits[skipped + end - begin :].any():
         raise ValueError("padding after the last group is not state 0")
-    return _state_table(pattern)[digits[:groups].long()].reshape(shape)
+    return _state_table(pattern)[digits[skipped : skipped + end - begin].long()].reshape(-1, shape[1])
 
 
 def write_masks(
@@ -145,6 +160,64 @@ def write_masks(
     write_safetensors(path, tensors, metadata)
 
 
+class MaskReader:
+    """A mask file, read and checked a part at a time.
+
+    Attributes:
+        path: the file.
+        pattern: the pattern every mask obeys.
+        shapes: weight name to (out_features, in_features).
+        provenance: how it was made.
+
+    Raises:
+        MaskFileError: the file is missing, is no mask file, or is from a newer format version; names it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with self._open() as file:
+            metadata: dict[str, str] = file.metadata() or {}
+            names = set(file.keys())
+        self.pattern, self._encoding, self.shapes = _header(path, metadata)
+        expected = {f"{name}.mask" for name in self.shapes}
+        if missing := sorted(expected - names):
+            raise MaskFileError(f"{path}: tensor {missing[0]} is listed in the metadata but missing")
+        if unexpected := sorted(names - expected):
+            raise MaskFileError(f"{path}: unexpected tensor {unexpected[0]}")
+        own = {"format", "format_version", "pattern", "encoding", "shapes"}
+        self.provenance = {key: value for key, value in metadata.items() if key not in own}
+
+    def read(self, name: str, first: int = 0, rows: int | None = None) -> Tensor:
+        """One mask, or some of its rows: boolean (rows, in_features).
+
+        Raises:
+            MaskFileError: it is not strict, or does not fit its shape; names the file, the tensor, expected and found.
+        """
+        shape = self.shapes[name]
+        with self._open() as file:
+            try:
+                if self._encoding == "states":
+                    return decode_states(file.get_tensor(f"{name}.mask"), self.pattern, shape, first, rows)
+                stored = file.get_slice(f"{name}.mask")
+                expected, found = (shape[0], bitmask_width(shape[1])), tuple(stored.get_shape())
+                if stored.get_dtype() != "U8" or found != expected:
+                    raise ValueError(f"expected U8 {expected}, found {stored.get_dtype()} {found}")
+                part = stored[first : shape[0] if rows is None else first + rows]
+                return _decode_bitmask(part, self.pattern, shape[1], first)
+            except ValueError as error:
+                raise MaskFileError(f"{self.path}: {name}.mask: {error}") from error
+
+    @contextmanager
+    def _open(self) -> Iterator[Any]:
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                yield file
+        except FileNotFoundError as error:
+            raise MaskFileError(f"{self.path}: no such mask file") from error
+        except (OSError, SafetensorError) as error:
+            raise MaskFileError(f"{self.path}: not a readable safetensors file: {error}") from error
+
+
 def read_masks(path: Path) -> MaskFile:
     """Reads a mask file and checks all of it.
 
@@ -152,24 +225,8 @@ def read_masks(path: Path) -> MaskFile:
         MaskFileError: the file is missing, is no mask file, is from a newer format version, or holds a
             mask that is not strict; the message names the file, the tensor, expected and found.
     """
-    metadata, tensors = read_safetensors(path, "mask file", MaskFileError)
-    pattern, encoding, shapes = _header(path, metadata)
-    masks = {}
-    for name, (out_features, in_features) in shapes.items():
-        tensor = tensors.pop(f"{name}.mask", None)
-        if tensor is None:
-            raise MaskFileError(f"{path}: tensor {name}.mask is listed in the metadata but missing")
-        try:
-            if encoding == "states":
-                masks[name] = decode_states(tensor, pattern, (out_features, in_features))
-            else:
-                masks[name] = _decode_bitmask(tensor, pattern, (out_features, in_features))
-        except ValueError as error:
-            raise MaskFileError(f"{path}: {name}.mask: {error}") from error
-    if tensors:
-        raise MaskFileError(f"{path}: unexpected tensor {min(tensors)}")
-    own = {"format", "format_version", "pattern", "encoding", "shapes"}
-    return MaskFile(pattern, masks, {k: v for k, v in metadata.items() if k not in own})
+    reader = MaskReader(path)
+    return MaskFile(reader.pattern, {name: reader.read(name) for name in reader.shapes}, reader.provenance)
 
 
 def _header(path: Path, metadata: dict[str, str]) -> tuple[NMPattern, str, dict[str, tuple[int, int]]]:
@@ -193,13 +250,10 @@ def _header(path: Path, metadata: dict[str, str]) -> tuple[NMPattern, str, dict[
     return pattern, encoding, shapes
 
 
-def _decode_bitmask(bitmask: Tensor, pattern: NMPattern, shape: tuple[int, int]) -> Tensor:
-    expected = (shape[0], bitmask_width(shape[1]))
-    if bitmask.dtype != torch.uint8 or tuple(bitmask.shape) != expected:
-        raise ValueError(f"expected torch.uint8 {expected}, found {bitmask.dtype} {tuple(bitmask.shape)}")
-    bits = unpack_bits(bitmask, 8 * expected[1])
-    if bits[:, shape[1] :].any():
-        raise ValueError(f"a bit past column {shape[1] - 1} is set")
-    mask = bits[:, : shape[1]]
-    check_mask(mask, pattern)
+def _decode_bitmask(bitmask: Tensor, pattern: NMPattern, in_features: int, first: int) -> Tensor:
+    bits = unpack_bits(bitmask, 8 * bitmask.shape[1])
+    if bits[:, in_features:].any():
+        raise ValueError(f"a bit past column {in_features - 1} is set")
+    mask = bits[:, :in_features]
+    check_mask(mask, pattern, first_row=first)
     return mask

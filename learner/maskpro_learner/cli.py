@@ -14,6 +14,7 @@ from rich.table import Table
 from torch import Tensor
 
 from maskpro_kernels import NMPattern, write_masks
+from maskpro_kernels.mask_sources import SOURCES
 from maskpro_kernels.masks import ENCODINGS
 from maskpro_learner.calibration import calibration_blocks, source_name
 from maskpro_learner.checkpoints import check_model, load_model, load_tokenizer, weights_sha256
@@ -23,7 +24,7 @@ from maskpro_learner.errors import CalibrationError, LearnerError, ModelError
 from maskpro_learner.estimator import ESTIMATORS
 from maskpro_learner.initial_masks import CALIBRATED_METHODS, METHODS, InitialMasks, Method, initial_masks
 from maskpro_learner.layers import select_layers
-from maskpro_learner.mask_sources import SOURCES, masks_from_path
+from maskpro_learner.mask_sources import masks_from_path
 from maskpro_learner.progress import progress_bar, quiet_transformers
 from maskpro_learner.run import Interrupted, RunFiles, run_learning
 from maskpro_learner.trainer import Step

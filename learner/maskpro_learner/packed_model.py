@@ -6,29 +6,21 @@ not the kernels that serve it.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from maskpro_kernels import LowRank, NMPattern, NMWeight, read_masks, read_recovery, recovered, unpack
+from maskpro_kernels.packed_checkpoint import QUANT_METHOD, PackedFormat, packed_weights
 from maskpro_learner.checkpoints import check_model, load_model, weights_sha256
 from maskpro_learner.errors import LearnerError, ModelError
 from maskpro_learner.layers import apply_masks
-
-QUANT_METHOD = "maskpro"
-FORMAT_VERSION = 1
-_PARTS = ("compressed", "bitmask", "shape")
-_SCALE = "weight_scale"
-_INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -74,8 +66,7 @@ def load_for_evaluation(
         if mask is not None:
             raise LearnerError(f"--mask {mask}: expected a dense --model, found {name}, which is packed already")
         model, pattern = load_packed_model(name, dtype, device)
-        own = {"quant_method", "format", "format_version", "pattern", "ignore", "values"}
-        provenance = {key: str(value) for key, value in packed.items() if key not in own}
+        provenance = {key: str(value) for key, value in (packed.provenance or {}).items()}
         return EvaluatedModel(model, "packed", pattern, provenance)
     if mask is None:
         return EvaluatedModel(load_model(name, dtype, device), "dense")
@@ -109,14 +100,15 @@ def _other_base(name: str, mask: Path, provenance: dict[str, str]) -> tuple[str,
     return (f"{mask} was made for weights of another hash ({base}): these are the numbers of a mixture",)
 
 
-def packed_format(name: str) -> dict[str, Any] | None:
-    """The ``quantization_config`` of a packed checkpoint; None for any other model.
+def packed_format(name: str) -> PackedFormat | None:
+    """The format of a packed checkpoint; None for any other model.
 
     Args:
         name: a folder or a hub id.
 
     Raises:
-        ModelError: there is no such model, its config.json is unreadable, or it is packed in an unknown version.
+        ModelError: there is no such model, or its config.json is unreadable.
+        CheckpointError: it is packed in an unknown version or pattern.
     """
     check_model(name)
     try:
@@ -126,12 +118,7 @@ def packed_format(name: str) -> dict[str, Any] | None:
     found = config.get("quantization_config")
     if not isinstance(found, dict) or found.get("quant_method") != QUANT_METHOD:
         return None
-    if found.get("format_version") != FORMAT_VERSION:
-        raise ModelError(
-            f"{name}: config.json: quantization_config.format_version: expected {FORMAT_VERSION}, "
-            f"found {found.get('format_version')!r}"
-        )
-    return found
+    return PackedFormat.from_dict(found, where=f"{name}: config.json: quantization_config")
 
 
 def load_packed_model(name: str, dtype: torch.dtype, device: str = "cpu") -> tuple[PreTrainedModel, NMPattern]:
@@ -143,7 +130,8 @@ def load_packed_model(name: str, dtype: torch.dtype, device: str = "cpu") -> tup
         device: where to put it.
 
     Raises:
-        ModelError: a file or tensor is missing, unexpected or wrong; names it, expected and found.
+        CheckpointError: a file or tensor of the packed format is missing, unexpected or wrong; names it.
+        ModelError: the weights do not fit the model that config.json describes.
 
     Memory: the dense weights in the checkpoint's dtype and in ``dtype``.
     """
@@ -152,14 +140,14 @@ def load_packed_model(name: str, dtype: torch.dtype, device: str = "cpu") -> tup
         raise ModelError(f"{name}: config.json: expected quantization_config.quant_method {QUANT_METHOD!r}, found none")
     folder = Path(name) if Path(name).is_dir() else Path(snapshot_download(name))
     try:
-        pattern = NMPattern.parse(str(found.get("pattern")))
-        parts = (*_PARTS, _SCALE) if found.get("values") == "int8" else _PARTS
         config = AutoConfig.from_pretrained(folder)
         architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{folder / 'config.json'}: not a causal language model's: {error}") from error
     del config.quantization_config  # else transformers looks for a quantizer of that name
-    weights = dict(_dense_weights(folder, pattern, parts))
+    weights = {
+        tensor: unpack(weight) if isinstance(weight, NMWeight) else weight for tensor, weight in packed_weights(folder)
+    }
     try:
         # Given a state dict, transformers opens no file, so it cannot mistake the packed tensors for unknown ones.
         model, report = architecture.from_pretrained(
@@ -176,61 +164,4 @@ def load_packed_model(name: str, dtype: torch.dtype, device: str = "cpu") -> tup
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.train(False).requires_grad_(False)
     moved: PreTrainedModel = model.to(device)
-    return moved, pattern
-
-
-def _dense_weights(folder: Path, pattern: NMPattern, names: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the folder under its dense name; the named parts of a linear may lie in different files."""
-    parts: dict[str, dict[str, Tensor]] = {}
-    for file, tensor_name, tensor in _tensors(folder):
-        linear, _, part = tensor_name.rpartition(".")
-        if part not in names:
-            yield tensor_name, tensor
-            continue
-        found = parts.setdefault(linear, {})
-        found[part] = tensor
-        if len(found) == len(names):
-            yield f"{linear}.weight", _unpack(parts.pop(linear), f"{file}: {linear}", pattern)
-    for linear, found in parts.items():
-        missing = next(part for part in names if part not in found)
-        raise ModelError(f"{folder}: tensor {linear}.{missing} is missing, but other parts of {linear} are there")
-
-
-def _tensors(folder: Path) -> Iterator[tuple[Path, str, Tensor]]:
-    """Every tensor of the folder's safetensors files, with its file."""
-    files = ["model.safetensors"]
-    if (folder / _INDEX).is_file():
-        try:
-            weight_map = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
-            files = sorted(set(map(str, weight_map.values())))
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ModelError(f"{folder / _INDEX}: not a readable index: {error!r}") from error
-    for path in (folder / name for name in files):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for tensor_name in file.keys():  # noqa: SIM118  (safe_open is no dict)
-                    yield path, tensor_name, file.get_tensor(tensor_name)
-        except FileNotFoundError as error:
-            raise ModelError(f"{path}: no such file, expected the packed weights") from error
-        except (OSError, SafetensorError) as error:
-            raise ModelError(f"{path}: not a readable safetensors file: {error}") from error
-
-
-def _unpack(parts: dict[str, Tensor], where: str, pattern: NMPattern) -> Tensor:
-    shape = parts["shape"]
-    if shape.dtype != torch.int64 or tuple(shape.shape) != (2, 1):
-        raise ModelError(f"{where}.shape: expected torch.int64 (2, 1), found {shape.dtype} {tuple(shape.shape)}")
-    out_features, in_features = (int(size) for size in shape.flatten())
-    scale = None
-    if _SCALE in parts:
-        found = parts[_SCALE]
-        if not found.is_floating_point() or tuple(found.shape) != (out_features, 1) or not found.isfinite().all():
-            raise ModelError(
-                f"{where}.{_SCALE}: expected finite floats of shape {(out_features, 1)}, found {found.dtype} "
-                f"{tuple(found.shape)}"
-            )
-        scale = found.float().flatten()
-    try:
-        return unpack(NMWeight(parts["compressed"], parts["bitmask"], (out_features, in_features), pattern, scale))
-    except ValueError as error:
-        raise ModelError(f"{where}: {error}") from error
+    return moved, found.pattern

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from maskpro_kernels import MaskFileError, NMPattern, read_masks, write_masks
+from maskpro_kernels.model_folder import CheckpointError
 from maskpro_kernels.packing import top_n_mask
 from maskpro_learner import LearnerError, ModelError, initial_masks, select_layers
 from maskpro_learner.cli import main
@@ -52,6 +53,14 @@ def save_pruned(folder: Path, model: PreTrainedModel, masks: dict[str, Tensor]) 
     return folder
 
 
+def save_torch(folder: Path, masks: dict[str, Tensor]) -> Path:
+    """As the MaskPro authors write them: one file for each module."""
+    folder.mkdir()
+    for name, mask in masks.items():
+        torch.save(mask, folder / f"{name.removesuffix('.weight')}.pt")
+    return folder
+
+
 def rewrite(folder: Path, name: str, tensor: Tensor | None) -> None:
     file = folder / "model.safetensors"
     tensors = load_file(file) | ({name: tensor} if tensor is not None else {})
@@ -70,7 +79,12 @@ def test_every_source_gives_the_masks_back(tiny_model: Build, tmp_path: Path, pa
     masks = initial_masks(tiny_model(), chosen, "random", seed=3).masks
     ours = tmp_path / "mask.safetensors"
     write_masks(ours, masks, chosen)
-    sources = [ours, save_npz(tmp_path / "mask.npz", masks), save_pruned(tmp_path / "pruned", tiny_model(), masks)]
+    sources = [
+        ours,
+        save_npz(tmp_path / "mask.npz", masks),
+        save_torch(tmp_path / "torch", masks),
+        save_pruned(tmp_path / "pruned", tiny_model(), masks),
+    ]
     for source in sources:
         result = masks_from_path(source, tiny_model(), chosen)
         assert equal(result.masks, masks), source
@@ -122,9 +136,9 @@ def test_a_group_with_too_many_nonzeros_is_named(
     weight[9, 12:15] = 1.0
     weight[9, 15] = torch.nan
     rewrite(folder, UP, weight)
-    with pytest.raises(LearnerError, match=r"layers\.1\.mlp\.up_proj\.weight: row 9, group 3 \(columns 12 to 15\)"):
+    with pytest.raises(MaskFileError, match=r"layers\.1\.mlp\.up_proj\.weight: row 9, group 3 \(columns 12 to 15\)"):
         masks_from_path(folder, model, PATTERN)
-    with pytest.raises(LearnerError, match=r"has 4 nonzeros, expected at most 2 of 4; 1 of 512 groups"):
+    with pytest.raises(MaskFileError, match=r"has 4 nonzeros, expected at most 2 of 4; 1 of 512 groups"):
         masks_from_path(folder, model, PATTERN)
 
 
@@ -169,7 +183,7 @@ def test_hostile_npz(
 ) -> None:
     path = save_npz(tmp_path / "mask.npz", masks)
     replace_member(path, f"{UP}.mask.npy", content)
-    with pytest.raises(LearnerError, match=message) as raised:
+    with pytest.raises(MaskFileError, match=message) as raised:
         masks_from_path(path, model, PATTERN)
     assert f"{path}: {UP}: " in str(raised.value)
 
@@ -177,24 +191,24 @@ def test_hostile_npz(
 def test_npz_of_another_model_or_no_npz(model: PreTrainedModel, masks: dict[str, Tensor], tmp_path: Path) -> None:
     path = tmp_path / "mask.npz"
     save_npz(path, {name: mask for name, mask in masks.items() if name != UP})
-    with pytest.raises(LearnerError, match=r"up_proj\.weight: expected a mask, found none"):
+    with pytest.raises(MaskFileError, match=r"up_proj\.weight: expected a mask of shape .*, found None"):
         masks_from_path(path, model, PATTERN)
     save_npz(path, masks | {"model.layers.2.mlp.up_proj.weight": masks[UP]})
     with pytest.raises(LearnerError, match=r"layers\.2\.mlp\.up_proj\.weight: a mask for no selected layer"):
         masks_from_path(path, model, PATTERN)
     np.savez(path, weights=np.zeros(3))
-    with pytest.raises(LearnerError, match=r"expected keys <weight>\.mask, found 'weights'"):
+    with pytest.raises(MaskFileError, match=r"expected keys <weight>\.mask, found 'weights'"):
         masks_from_path(path, model, PATTERN)
     for content in (b"", b"PK nothing", save_npz(tmp_path / "good.npz", masks).read_bytes()[:-30]):
         path.write_bytes(content)
-        with pytest.raises(LearnerError, match="not a readable npz file"):
+        with pytest.raises(MaskFileError, match="not a readable npz file"):
             masks_from_path(path, model, PATTERN)
     bits = np.packbits(masks[UP].numpy().flatten())
     np.savez(path, **{f"{name}.mask": np.packbits(mask.numpy().flatten()) for name, mask in masks.items()})
     stored = path.read_bytes()
     assert stored.count(bits.tobytes()) == 1
     path.write_bytes(stored.replace(bits.tobytes(), bits[::-1].tobytes()))
-    with pytest.raises(LearnerError, match="not a readable npz file: Bad CRC-32"):
+    with pytest.raises(MaskFileError, match="not a readable npz file: Bad CRC-32"):
         masks_from_path(path, model, PATTERN)
 
 
@@ -206,34 +220,66 @@ def test_pickles_are_refused_unread(model: PreTrainedModel, tmp_path: Path) -> N
     for suffix in (".pt", ".pkl", ".npz", ".npy", ".safetensors"):
         path = tmp_path / f"mask{suffix}"
         path.write_bytes(pickle.dumps(Bomb()))
-        with pytest.raises((LearnerError, MaskFileError)):
+        with pytest.raises(MaskFileError):
             masks_from_path(path, model, PATTERN)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_bad_folders_of_torch_masks(model: PreTrainedModel, masks: dict[str, Tensor], tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+            return Path.touch, (tmp_path / "ran",)  # type: ignore[return-value]
+
+    folder = save_torch(tmp_path / "torch", masks)
+    file = folder / f"{UP.removesuffix('.weight')}.pt"
+    loose = masks[UP].clone()
+    loose[9, 12:16] = True
+    for content, message in (
+        (
+            loose,
+            r"up_proj\.pt: .*up_proj\.weight: .* row 9, group 3 \(columns 12 to 15\) keeps 4 of 4, expected 2",
+        ),
+        (masks[UP].float(), r"expected a boolean mask, found torch\.float32"),
+        ({"mask": masks[UP]}, "expected a boolean mask, found dict"),
+        (masks[UP].T, r"expected a mask of shape \(64, 32\), found \(32, 64\)"),
+        (Bomb(), r"not a readable \.pt file of a tensor"),
+    ):
+        torch.save(content, file)
+        with pytest.raises(MaskFileError, match=message) as raised:
+            masks_from_path(folder, model, PATTERN)
+        assert "\n" not in str(raised.value)
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(MaskFileError, match=r"not a readable \.pt file of a tensor"):
+        masks_from_path(folder, model, PATTERN)
+    file.unlink()
+    with pytest.raises(MaskFileError, match=r"expected a mask of shape \(64, 32\), found None"):
+        masks_from_path(folder, model, PATTERN)
     assert not (tmp_path / "ran").exists()
 
 
 def test_bad_checkpoint_folders(model: PreTrainedModel, masks: dict[str, Tensor], tmp_path: Path) -> None:
     folder = tmp_path / "pruned"
     folder.mkdir()
-    with pytest.raises(LearnerError, match=r"no readable config\.json"):
+    with pytest.raises(CheckpointError, match=r"config\.json: no such file"):
         masks_from_path(folder, model, PATTERN)
     (folder / "config.json").write_text("{}")
-    with pytest.raises(LearnerError, match=r"expected \*\.safetensors with the pruned weights, found none"):
+    with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor"):
         masks_from_path(folder, model, PATTERN)
     save_pruned(folder, model, masks)
-    with pytest.raises(LearnerError, match=r"nonzeros, expected at most 1 of 4"):
+    with pytest.raises(MaskFileError, match=r"nonzeros, expected at most 1 of 4"):
         masks_from_path(folder, model, NMPattern.parse("1:4"))
     rewrite(folder, UP, torch.ones(4, 4))
-    with pytest.raises(LearnerError, match=r"up_proj\.weight: expected a tensor of shape \(64, 32\), found \(4, 4\)"):
+    with pytest.raises(MaskFileError, match=r"up_proj\.weight: expected a mask of shape \(64, 32\), found \(4, 4\)"):
         masks_from_path(folder, model, PATTERN)
     rewrite(folder, UP, None)
-    with pytest.raises(LearnerError, match=r"up_proj\.weight: expected a tensor of shape \(64, 32\), found none"):
+    with pytest.raises(MaskFileError, match=r"up_proj\.weight: expected a mask of shape \(64, 32\), found None"):
         masks_from_path(folder, model, PATTERN)
     (folder / "model.safetensors").write_bytes(b"broken")
-    with pytest.raises(LearnerError, match="not a readable safetensors file"):
+    with pytest.raises(CheckpointError, match="truncated or not a safetensors file"):
         masks_from_path(folder, model, PATTERN)
     config = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "maskpro"}}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(LearnerError, match="found a quantization_config"):
+    with pytest.raises(CheckpointError, match="found a quantization_config"):
         masks_from_path(folder, model, PATTERN)
 
 

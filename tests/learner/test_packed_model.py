@@ -24,6 +24,7 @@ from maskpro_kernels import (
     write_masks,
     write_recovery,
 )
+from maskpro_kernels.model_folder import CheckpointError
 from maskpro_kernels.packing import magnitude_mask
 from maskpro_learner import LearnerError, ModelError, initial_masks
 from maskpro_learner.checkpoints import load_model
@@ -148,14 +149,14 @@ def flip(tensors: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda t: t.pop(f"{NAME}.shape"), rf"tensor {NAME}\.shape is missing, but other parts of {NAME} are there"),
-        (lambda t: t.pop("model.norm.weight"), r"tensor model\.norm\.weight is missing \(1 in all\)"),
-        (lambda t: t.update(extra=torch.ones(2)), r"tensor extra is unexpected"),
-        (flip, rf"model\.safetensors: {NAME}: mask is not strictly 2:4: row 3, group 2"),
-        (lambda t: t.update({f"{NAME}.shape": torch.ones(2, dtype=torch.int64)}), r"shape: expected torch.int64 \(2, "),
+        (lambda t: t.pop(f"{NAME}.shape"), rf"{NAME}\.shape: listed in .* but missing"),
+        (lambda t: t.pop("model.norm.weight"), r"model\.norm\.weight: listed in .* but missing"),
+        (lambda t: t.update(extra=torch.ones(2)), "extra: unexpected, not listed in"),
+        (flip, rf"model\.safetensors: {NAME}\.bitmask: mask is not strictly 2:4: row 3, group 2"),
+        (lambda t: t.update({f"{NAME}.shape": torch.ones(2, dtype=torch.int64)}), r"shape: expected int64 \(2, "),
         (
             lambda t: t.update({f"{NAME}.compressed": torch.ones((64, 8))}),
-            rf"{NAME}: values: expected shape \(64, 16\), found \(64, 8\)",
+            rf"{NAME}\.compressed: expected shape \(64, 16\) .* found \(64, 8\)",
         ),
         (
             lambda t: t.update({"model.norm.weight": torch.ones(7)}),
@@ -167,7 +168,7 @@ def test_a_broken_checkpoint_is_one_sentence(packed: Path, edit: Edit, message: 
     tensors = load_file(packed / "model.safetensors")
     edit(tensors)
     save_file(tensors, packed / "model.safetensors")
-    with pytest.raises(ModelError, match=message) as raised:
+    with pytest.raises((CheckpointError, ModelError), match=message) as raised:
         load_packed_model(str(packed), torch.float32)
     assert "\n" not in str(raised.value)
 
@@ -177,14 +178,14 @@ def test_broken_files(packed: Path, model_folder: Path) -> None:
         load_packed_model(str(model_folder), torch.float32)
     index = packed / "model.safetensors.index.json"
     index.write_text("{}")
-    with pytest.raises(ModelError, match="not a readable index"):
+    with pytest.raises(CheckpointError, match="not a readable index"):
         load_packed_model(str(packed), torch.float32)
     index.unlink()
     (packed / "model.safetensors").write_bytes(b"broken")
-    with pytest.raises(ModelError, match="not a readable safetensors file"):
+    with pytest.raises(CheckpointError, match="not a safetensors file"):
         load_packed_model(str(packed), torch.float32)
     (packed / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match="no such file, expected the packed weights"):
+    with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor"):
         load_packed_model(str(packed), torch.float32)
 
 
@@ -197,10 +198,10 @@ def edit_format(folder: Path, **changes: object) -> None:
 def test_formats(packed: Path, model_folder: Path, tmp_path: Path) -> None:
     assert packed_format(str(model_folder)) is None
     edit_format(packed, pattern="two of four")
-    with pytest.raises(ModelError, match=r"config\.json: .*'two of four'"):
+    with pytest.raises(CheckpointError, match=r"config\.json: .*'two of four'"):
         load_packed_model(str(packed), torch.float32)
     edit_format(packed, format_version=2)
-    with pytest.raises(ModelError, match="format_version: expected 1, found 2"):
+    with pytest.raises(CheckpointError, match="format_version: expected 1, found 2"):
         packed_format(str(packed))
     (packed / "config.json").write_text("{")
     with pytest.raises(ModelError, match=r"packed: not a readable config\.json"):

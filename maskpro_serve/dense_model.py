@@ -1,0 +1,111 @@
+"""A dense model folder to be packed: its config, its tensors, and which of them are the decoder's linears."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from maskpro_kernels import NMPattern
+from maskpro_kernels.model_folder import CheckpointError, TensorInfo, read_config, read_headers
+from maskpro_kernels.packing import WEIGHT_DTYPES
+
+
+@dataclass(frozen=True)
+class DenseModel:
+    """A dense Hugging Face folder with safetensors weights.
+
+    Attributes:
+        folder: where it is.
+        config: its config.json, without what a legacy sparsity_config adds.
+        headers: every tensor.
+        linears: names of the weights of the decoder's linears, in the order of the files.
+        declared: the pattern that a legacy sparsity_config says the zeros satisfy.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    headers: dict[str, TensorInfo]
+    linears: tuple[str, ...]
+    declared: NMPattern | None
+
+
+def open_dense_model(folder: Path) -> DenseModel:
+    """Opens a dense model, reading headers only.
+
+    Raises:
+        CheckpointError: the folder is no dense model, or a linear has another dtype than packing knows.
+    """
+    config = read_config(folder)
+    declared = _drop_sparsity_config(folder / "config.json", config)
+    headers = read_headers(folder)
+    for info in headers.values():
+        if info.dtype is None:
+            raise CheckpointError(f"{info}: a dtype that torch does not have")
+    linears = tuple(_linear_weights(folder, headers))
+    for name in linears:
+        if headers[name].dtype not in WEIGHT_DTYPES:
+            raise CheckpointError(f"{headers[name]}: expected one of {WEIGHT_DTYPES}, found {headers[name].dtype}")
+    return DenseModel(folder, config, headers, linears, declared)
+
+
+def _drop_sparsity_config(file: Path, config: dict[str, Any]) -> NMPattern | None:
+    """Removes a compressed-tensors ``sparsity_config`` of format ``dense``, which describes plain tensors with zeros.
+
+    Returns:
+        The N:M that it declares, if it is one.
+
+    Raises:
+        CheckpointError: any other ``quantization_config``.
+    """
+    found = config.get("quantization_config")
+    if not found:
+        return None
+    described = found.get("quant_method") if isinstance(found, dict) else found
+    if not isinstance(found, dict) or described != "compressed-tensors":
+        raise CheckpointError(f"{file}: expected a dense model, found a quantization_config of {described!r}")
+    sparsity = found.get("sparsity_config")
+    stored = sparsity.get("format") if isinstance(sparsity, dict) else None
+    if not isinstance(sparsity, dict) or stored != "dense":
+        raise CheckpointError(
+            f"{file}: expected a dense model or a sparsity_config of format 'dense', found a quantization_config of "
+            f"'compressed-tensors' with a sparsity_config of format {stored!r}"
+        )
+    for key in ("config_groups", "kv_cache_scheme", "transform_config"):
+        if found.get(key):
+            raise CheckpointError(f"{file}: quantization_config: {key}: expected none, the weights are quantized")
+    del config["quantization_config"]
+    try:
+        return NMPattern.parse(sparsity.get("sparsity_structure", ""))
+    except ValueError:  # "unstructured" and "0:0" are others
+        return None
+
+
+def _linear_weights(folder: Path, headers: Mapping[str, TensorInfo]) -> list[str]:
+    """Names of the checkpoint's decoder linears, from the architecture itself; the output head is not one."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # whatever a model's constructor makes of a bad configuration
+        first = str(error).strip().split("\n")[0]
+        raise CheckpointError(
+            f"{folder / 'config.json'}: transformers cannot build this model: {type(error).__name__}: {first}"
+        ) from error
+    head = model.get_output_embeddings()
+    linears = {
+        f"{name}.weight": (module.out_features, module.in_features)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    }
+    for name, shape in linears.items():
+        if name in headers and headers[name].shape != shape:
+            raise CheckpointError(
+                f"{headers[name]}: expected shape {shape} from config.json, found {headers[name].shape}"
+            )
+    return [name for name in headers if name in linears]

@@ -1,0 +1,162 @@
+"""What packing makes of a dense model: which linears are packed, and what each file will hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from maskpro_kernels import NMPattern
+from maskpro_kernels.bits import bitmask_width
+from maskpro_kernels.files import TensorSpec
+from maskpro_kernels.mask_sources import MaskSource
+from maskpro_kernels.model_folder import CheckpointError, TensorInfo
+from maskpro_kernels.packed_checkpoint import SCALE_SUFFIX
+from maskpro_serve.dense_model import DenseModel
+from maskpro_serve.zero_patterns import choose_pattern, find_zeros
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which linears are packed.
+
+    Attributes:
+        pattern: the pattern of all of them.
+        packed: their names, without ``.weight``.
+        dense: linears that stay dense, with the reason.
+        found: where the model's own zeros decide, the tightest pattern of each linear that has one.
+    """
+
+    pattern: NMPattern
+    packed: tuple[str, ...]
+    dense: dict[str, str]
+    found: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "pattern": str(self.pattern), "packed": list(self.packed)}
+
+    @classmethod
+    def from_dict(cls, document: dict[str, Any]) -> Plan:
+        """The inverse of :meth:`to_dict`."""
+        pattern, packed = NMPattern.parse(document["pattern"]), tuple(document["packed"])
+        return cls(pattern, packed, document["dense"], document["found"])
+
+
+def plan_by_masks(model: DenseModel, masks: MaskSource) -> Plan:
+    """Packs what there are masks of; a linear without one stays dense.
+
+    Raises:
+        CheckpointError, MaskFileError: a mask is of no linear of this model, or of another shape.
+    """
+    linears = set(model.linears)
+    for name in sorted(masks.names if masks.names is not None else linears):
+        if name not in model.headers:
+            raise CheckpointError(f"{masks.path}: {name}: the model has no such weight; was the mask made for another?")
+        if name not in linears:
+            raise CheckpointError(
+                f"{masks.path}: {name}: expected masks of the decoder's linear layers only, this is none"
+            )
+        masks.check(name, model.headers[name].shape)
+    packed, dense = [], {}
+    for name in model.linears:
+        prefix = name.removesuffix(".weight")
+        if masks.names is None or name in masks.names:
+            packed.append(prefix)
+        else:
+            dense[prefix] = "there is no mask for it"
+    return Plan(masks.pattern, tuple(packed), dense)
+
+
+def plan_by_zeros(model: DenseModel, pattern: NMPattern | None, advance: Callable[[int], None]) -> Plan:
+    """Packs the linears whose zeros satisfy a pattern; reads all of them.
+
+    Args:
+        model: the model.
+        pattern: None chooses the one that makes the checkpoint smallest.
+        advance: called with the bytes read.
+
+    Raises:
+        CheckpointError: no linear satisfies it, or any.
+    """
+    zeros = {}
+    for name in model.linears:
+        zeros[name] = find_zeros(model.headers[name])
+        advance(model.headers[name].nbytes)
+    chosen = pattern or choose_pattern(zeros, model.headers)
+    if chosen is None:
+        raise CheckpointError(
+            f"{model.folder}: a dense model: the zeros of its {len(zeros)} linears satisfy no N:M that would make it "
+            "smaller; learn a mask with maskpro-learn, or give --mask"
+        )
+    packed, dense, found = [], {}, {}
+    for name, each in zeros.items():
+        prefix = name.removesuffix(".weight")
+        if (tightest := each.tightest) is not None:
+            found[prefix] = str(tightest)
+        if each.satisfies(chosen):
+            packed.append(prefix)
+        else:
+            dense[prefix] = each.why_not(chosen)
+    if not packed:
+        raise CheckpointError(f"{model.folder}: no linear satisfies {chosen}; learn a mask with maskpro-learn")
+    return Plan(chosen, tuple(packed), dense, found)
+
+
+def packed_specs(info: TensorInfo, pattern: NMPattern, values: str | None) -> list[TensorSpec]:
+    """The tensors that replace a packed weight."""
+    prefix, (rows, columns) = info.name.removesuffix(".weight"), info.shape
+    dtype = torch.int8 if values == "int8" else info.dtype
+    assert dtype is not None
+    scale = [TensorSpec(prefix + SCALE_SUFFIX, torch.float32, (rows, 1))] if values == "int8" else []
+    return [
+        TensorSpec(f"{prefix}.compressed", dtype, (rows, pattern.kept(columns))),
+        TensorSpec(f"{prefix}.bitmask", torch.uint8, (rows, bitmask_width(columns))),
+        TensorSpec(f"{prefix}.shape", torch.int64, (2, 1)),
+        *scale,
+    ]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of the packed checkpoint.
+
+    Attributes:
+        file: its name.
+        sources: the tensors of the dense model that it holds, packed or as they are, each with what is written of it.
+    """
+
+    file: str
+    sources: tuple[tuple[TensorInfo, tuple[TensorSpec, ...]], ...]
+
+    @property
+    def specs(self) -> list[TensorSpec]:
+        """All tensors of the file."""
+        return [spec for _, specs in self.sources for spec in specs]
+
+
+def plan_shards(model: DenseModel, plan: Plan, values: str | None, shard_bytes: int) -> list[Shard]:
+    """Deals the tensors, in the order they are read, to files of at most ``shard_bytes``, or one tensor's parts."""
+    packed = {f"{prefix}.weight" for prefix in plan.packed}
+    files: list[list[tuple[TensorInfo, tuple[TensorSpec, ...]]]] = [[]]
+    size = 0
+    for name, info in model.headers.items():
+        assert info.dtype is not None
+        if name in packed:
+            specs = packed_specs(info, plan.pattern, values)
+        else:
+            specs = [TensorSpec(name, info.dtype, info.shape)]
+        nbytes = sum(spec.nbytes for spec in specs)
+        if files[-1] and size + nbytes > shard_bytes:
+            files.append([])
+            size = 0
+        files[-1].append((info, tuple(specs)))
+        size += nbytes
+    if len(files) == 1:
+        return [Shard("model.safetensors", tuple(files[0]))]
+    return [
+        Shard(f"model-{number:05}-of-{len(files):05}.safetensors", tuple(sources))
+        for number, sources in enumerate(files, start=1)
+    ]

@@ -1,0 +1,275 @@
+"""maskpro-pack: patterns found by their zeros, masks from elsewhere, and conversions that are killed and run again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from processes import run_python
+from safetensors.torch import load_file, save_file
+
+from maskpro_kernels import MaskFileError, NMPattern, NMWeight, read_masks, unpack
+from maskpro_kernels.model_folder import TensorInfo
+from maskpro_kernels.packing import magnitude_mask
+from maskpro_serve import CheckpointError, convert, load_packed, shard_writer
+from maskpro_serve.pack_cli import main
+from maskpro_serve.partial_output import partial_output
+from maskpro_serve.zero_patterns import find_zeros
+
+LAYER = "model.layers.1.mlp.up_proj.weight"
+
+
+def files(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def rewrite(folder, change):
+    """Changes the tensors of a dense folder."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def prune(folder, pattern, but=()):
+    """Magnitude-prunes every decoder linear, but some."""
+
+    def change(tensors):
+        for name, tensor in tensors.items():
+            if "proj" in name and name not in but:
+                tensors[name] = torch.where(magnitude_mask(tensor, pattern), tensor, 0)
+
+    return rewrite(folder, change)
+
+
+def same_weights(packed, pruned) -> None:
+    dense = load_file(pruned / "model.safetensors")
+    for name, weight in load_packed(packed)[1].items():
+        unpacked = unpack(weight) if isinstance(weight, NMWeight) else weight
+        assert torch.equal(unpacked + 0.0, dense[name] + 0.0), name
+
+
+@pytest.mark.parametrize("text", ["2:4", "1:4", "4:8", "5:8", "3:16"])
+def test_auto_finds_the_pattern(tiny, tmp_path, text):
+    model = prune(shutil.copytree(tiny["dense"], tmp_path / "model"), NMPattern.parse(text))
+    report = convert(model, tmp_path / "out", pattern="auto")
+    assert str(report.pattern) == text
+    assert set(report.found.values()) == {text}
+    assert (len(report.packed), report.dense) == (21, {})
+    same_weights(tmp_path / "out", model)
+
+
+def test_auto_decides_by_bytes_and_reports_each_layer(tiny, tmp_path, capsys):
+    dense_layer, thin, uneven = LAYER, LAYER.replace("up", "down"), LAYER.replace("up", "gate")
+    model = prune(shutil.copytree(tiny["dense"], tmp_path / "model"), NMPattern(2, 4), but=(dense_layer,))
+    rewrite(model, lambda tensors: tensors[thin].zero_())
+    rewrite(model, lambda tensors: tensors[uneven][3, 4:8].fill_(1.0))
+    assert main(["--model", str(model), "--pattern", "auto", "--output", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr().out
+    assert "19 linears packed 2:4" in shown
+    assert "zeros satisfy 1:32: 1 linears" in shown
+    for name in (dense_layer, uneven):
+        prefix = name.removesuffix(".weight")
+        assert f"left dense: {prefix}: its zeros do not satisfy 2:4: a group keeps 4 of 4" in shown
+        assert prefix in load_packed(tmp_path / "out")[0]["quantization_config"]["ignore"]
+    same_weights(tmp_path / "out", model)
+
+
+def test_auto_refuses_a_dense_model(tiny, tmp_path):
+    with pytest.raises(CheckpointError, match=r"dense: a dense model: the zeros of its 21 linears satisfy no N:M"):
+        convert(tiny["dense"], tmp_path / "out", pattern="auto")
+    with pytest.raises(CheckpointError, match="auto is for a model's own zeros"):
+        convert(tiny["dense"], tmp_path / "out", mask=tiny["mask"], pattern="auto")
+    assert list(tmp_path.iterdir()) == []
+
+
+@given(
+    n=st.integers(0, 8), m=st.sampled_from([4, 8, 16, 32]), groups=st.integers(1, 5), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_zeros_are_counted_as_a_loop_counts_them(tmp_path_factory, n, m, groups, seed):
+    generator = torch.Generator().manual_seed(seed)
+    weight = (torch.rand(3, m * groups, generator=generator) < n / 8).float()
+    file = tmp_path_factory.mktemp("zeros") / "w.safetensors"
+    save_file({"w": weight}, file)
+    found = find_zeros(TensorInfo(file, "w", torch.float32, tuple(weight.shape)))
+    for size in (4, 8, 16, 32):
+        if weight.shape[1] % size:
+            assert size not in found.most
+        else:
+            counts = [int(row[i : i + size].sum()) for row in weight for i in range(0, len(row), size)]
+            assert found.most[size] == max(counts)
+
+
+LEGACY = {
+    "quant_method": "compressed-tensors",
+    "config_groups": {},
+    "format": "dense",
+    "ignore": ["lm_head"],
+    "sparsity_config": {"format": "dense", "sparsity_structure": "2:4", "targets": ["Linear"], "ignore": ["lm_head"]},
+}
+
+
+@pytest.mark.parametrize("pattern", [None, "auto"])
+def test_a_legacy_sparsity_config_of_format_dense_is_dropped(tiny, tmp_path, pattern):
+    model = shutil.copytree(tiny["pruned"], tmp_path / "model")
+    config = json.loads((model / "config.json").read_text()) | {"quantization_config": LEGACY}
+    (model / "config.json").write_text(json.dumps(config))
+    report = convert(model, tmp_path / "out", pattern=pattern)
+    assert (str(report.pattern), len(report.packed)) == ("2:4", 21)
+    assert load_packed(tmp_path / "out")[0]["quantization_config"]["quant_method"] == "maskpro"
+    same_weights(tmp_path / "out", model)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "a sparsity_config of format 'sparse-24-bitmask'"),
+        ({"config_groups": {"group_0": {"weights": {"num_bits": 8}}}}, "config_groups: expected none, the weights are"),
+        ({"quant_method": "gptq"}, "expected a dense model, found a quantization_config of 'gptq'"),
+        ({"sparsity_config": {"format": "dense", "sparsity_structure": "0:0"}}, "--pattern must say"),
+    ],
+)
+def test_other_quantized_models_are_refused(tiny, tmp_path, change, message):
+    model = shutil.copytree(tiny["pruned"], tmp_path / "model")
+    config = json.loads((model / "config.json").read_text()) | {"quantization_config": LEGACY | change}
+    (model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=message):
+        convert(model, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.fixture(scope="module")
+def sources(tiny, tmp_path_factory):
+    """The tiny model's masks in every format: a mask file, MaskLLM's npz, a folder of .pt files, a pruned model."""
+    folder = tmp_path_factory.mktemp("masks")
+    masks = read_masks(tiny["mask"]).masks
+    np.savez(folder / "mask.npz", **{f"{name}.mask": np.packbits(mask.numpy()) for name, mask in masks.items()})
+    (folder / "torch").mkdir()
+    for name, mask in masks.items():
+        torch.save(mask, folder / "torch" / f"{name.removesuffix('.weight')}.pt")
+    return {"file": tiny["mask"], "npz": folder / "mask.npz", "torch": folder / "torch", "zeros": tiny["pruned"]}
+
+
+@pytest.mark.parametrize("source", ["npz", "torch", "zeros"])
+@pytest.mark.parametrize("block", [1 << 24, 1000])
+def test_masks_from_elsewhere_pack_the_same(tiny, sources, tmp_path, monkeypatch, source, block):
+    monkeypatch.setattr("maskpro_kernels.model_folder.BLOCK", block)
+    report = convert(tiny["dense"], tmp_path / "out", mask=sources[source], pattern=NMPattern(2, 4))
+    assert len(report.packed) == 21
+    assert files(tmp_path / "out")["model.safetensors"] == files(tiny["packed"])["model.safetensors"]
+    with pytest.raises(MaskFileError, match="it does not say its pattern"):
+        convert(tiny["dense"], tmp_path / "again", mask=sources[source])
+
+
+@pytest.mark.parametrize("source", ["npz", "torch"])
+def test_a_loose_mask_is_named(tiny, sources, tmp_path, source):
+    mask = read_masks(tiny["mask"]).masks[LAYER].clone()
+    mask[150, 8:12] = True
+    path = tmp_path / "mask"
+    if source == "npz":
+        path = path.with_suffix(".npz")
+        arrays = dict(np.load(sources["npz"]))
+        np.savez(path, **arrays | {f"{LAYER}.mask": np.packbits(mask.numpy())})
+    else:
+        shutil.copytree(sources["torch"], path)
+        torch.save(mask, path / f"{LAYER.removesuffix('.weight')}.pt")
+    with pytest.raises(MaskFileError, match=r"up_proj\.weight: .* row 150, group 2 .* keeps 4 of 4, expected 2; 1 of"):
+        convert(tiny["dense"], tmp_path / "out", mask=path, pattern=NMPattern(2, 4))
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / ".out.partial").exists()
+
+
+KILLED = """
+import os, signal, sys
+import maskpro_serve.shard_writer as module
+from maskpro_serve import convert
+count = int(sys.argv[3])
+put_packed = module._put_packed
+def counting(*arguments):
+    global count
+    count -= 1
+    if not count:
+        os.kill(os.getpid(), signal.SIGKILL)
+    put_packed(*arguments)
+module._put_packed = counting
+convert(sys.argv[1], sys.argv[2], pattern="auto", shard_bytes=100_000)
+"""
+
+
+def test_a_killed_conversion_goes_on_to_the_same_bytes(tiny, tmp_path):
+    convert(tiny["pruned"], tmp_path / "whole", pattern="auto", shard_bytes=100_000)
+    expected = files(tmp_path / "whole")
+    assert len(list((tmp_path / "whole").glob("model-*-of-*.safetensors"))) > 4
+    work = tmp_path / ".out.partial"
+    for count in (8, 13):
+        run = run_python("-c", KILLED, tiny["pruned"], tmp_path / "out", count)
+        assert run.returncode == -signal.SIGKILL, run.stderr
+        assert not (tmp_path / "out").exists()
+    before = {path: path.stat().st_mtime_ns for path in work.glob("content/model-*")}
+    assert len(before) > 1
+    report = convert(tiny["pruned"], tmp_path / "out", pattern="auto", shard_bytes=100_000)
+    assert report.resumed == len(before)
+    assert all((tmp_path / "out" / path.name).stat().st_mtime_ns == time for path, time in before.items())
+    assert files(tmp_path / "out") == expected
+    assert not work.exists()
+
+
+def interrupt(monkeypatch, after: int) -> None:
+    """Ctrl-C in the middle of a file."""
+    count, put_packed = after, shard_writer._put_packed
+
+    def counting(*arguments):
+        nonlocal count
+        count -= 1
+        if not count:
+            raise KeyboardInterrupt
+        put_packed(*arguments)
+
+    monkeypatch.setattr(shard_writer, "_put_packed", counting)
+
+
+def test_an_interrupted_command_goes_on(tiny, tmp_path, monkeypatch, capsys):
+    arguments = ["--model", str(tiny["dense"]), "--mask", str(tiny["mask"]), "--output", str(tmp_path / "out")]
+    with monkeypatch.context() as patch:
+        interrupt(patch, 5)
+        assert main([*arguments, "--values", "int8"]) == 130
+        assert "interrupted; run it again to go on" in capsys.readouterr().err
+    assert main([*arguments, "--values", "int8"]) == 0
+    assert files(tmp_path / "out") == files(tiny["int8"])
+
+
+def test_a_partial_output_of_other_inputs_is_not_taken_up(tiny, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt(patch, 13)
+        with pytest.raises(KeyboardInterrupt):
+            convert(tiny["pruned"], tmp_path / "out", pattern="auto", shard_bytes=100_000)
+    assert len(list((tmp_path / ".out.partial").glob("content/model-*"))) > 1
+    report = convert(tiny["pruned"], tmp_path / "out", pattern="auto", shard_bytes=100_000, values="int8")
+    assert report.resumed == 0
+    assert load_packed(tmp_path / "out")[0]["quantization_config"]["values"] == "int8"
+
+
+def test_two_at_once_are_refused(tiny, tmp_path):
+    with (
+        partial_output(tmp_path / "out", {}),
+        pytest.raises(FileExistsError, match="another process is writing"),
+    ):
+        convert(tiny["dense"], tmp_path / "out", mask=tiny["mask"])
+
+
+def test_small_shards_are_read_back(tiny, tmp_path):
+    convert(tiny["dense"], tmp_path / "out", mask=tiny["mask"], shard_bytes=1)
+    whole, cut = load_packed(tiny["packed"])[1], load_packed(tmp_path / "out")[1]
+    assert whole.keys() == cut.keys()
+    for name, weight in whole.items():
+        if isinstance(weight, NMWeight):
+            assert torch.equal(weight.values, cut[name].values)
+            assert torch.equal(weight.bitmask, cut[name].bitmask)
+        else:
+            assert torch.equal(weight, cut[name])
