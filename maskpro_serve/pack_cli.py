@@ -10,12 +10,14 @@ from pathlib import Path
 
 from maskpro_kernels import NMPattern
 from maskpro_kernels.mask_sources import SOURCES
+from maskpro_serve import inspect_cli
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="maskpro-pack", description="Pack a dense Hugging Face checkpoint and its N:M mask for maskpro-serve."
-    )
+        prog="maskpro-pack", description="Pack a dense Hugging Face checkpoint and its N:M mask for maskpro-serve.",
+        epilog="maskpro-pack inspect DIR [--json] says what a folder holds, without loading it.",
+    )  # fmt: skip
     parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="dense model folder (safetensors)")
     parser.add_argument("--mask", type=Path, metavar="PATH", help=f"{SOURCES}; without it the model's own zeros count")
     parser.add_argument("--recovery", type=Path, metavar="FILE", help="recovery file made with this mask")
@@ -33,7 +35,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; bad input is one sentence on stderr and exit code 2."""
-    arguments = _parser().parse_args(argv)
+    given = sys.argv[1:] if argv is None else list(argv)
+    if given[:1] == ["inspect"]:
+        return inspect_cli.main(given[1:])
+    arguments = _parser().parse_args(given)
     from maskpro_serve.convert import convert
 
     try:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from maskpro_kernels import NMPattern
 from maskpro_kernels.model_folder import TensorInfo, read_blocks
@@ -46,15 +48,19 @@ def find_zeros(info: TensorInfo) -> Zeros:
     Raises:
         CheckpointError: its file cannot be read.
     """
-    in_features = info.shape[1]
+    return count_zeros(info.shape[1], (rows for _, rows in read_blocks(info)))
+
+
+def count_zeros(in_features: int, blocks: Iterable[Tensor]) -> Zeros:
+    """Counts in some rows of a weight, (rows, in_features) each."""
     most = {m: 0 for m in SUPPORTED_M if in_features % m == 0}
-    for _, rows in read_blocks(info):
-        if not most:
-            break
+    for rows in blocks:
+        if not most or not rows.numel():
+            continue
         counts = group_counts(rows != 0, 4)
         for m in most:
             groups = counts.reshape(len(rows), -1, m // 4).sum(-1) if m > 4 else counts
-            most[m] = max(most[m], int(groups.max())) if groups.numel() else most[m]
+            most[m] = max(most[m], int(groups.max()))
     return Zeros(in_features, most)
 
 

@@ -15,9 +15,11 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from maskpro_kernels import _cpu
+from maskpro_kernels.bits import pack_bits
 from maskpro_kernels.packing import WEIGHT_DTYPES, NMWeight
 from maskpro_kernels.pattern import NMPattern
 
+_ROWS = 16
 DENSE = NMPattern(4, 4)
 """The pattern of a weight that keeps everything: no index is stored, and any in_features that 4 divides will do."""
 
@@ -72,6 +74,34 @@ def interleave_dense(weight: Tensor) -> InterleavedWeight:
     DENSE.kept(weight.shape[1])
     data = _cpu.interleave(weight.contiguous(), None, weight.shape[1], DENSE.n, DENSE.m, torch.get_num_threads())
     return InterleavedWeight(data, None, (weight.shape[0], weight.shape[1]), DENSE, weight.dtype)
+
+
+def packed_again(weight: InterleavedWeight) -> NMWeight:
+    """The inverse of :func:`interleave`, to the bit: what a checkpoint stores.
+
+    Cost: a few passes over the weight, with 8 bytes of temporaries for each kept value. Not for a hot path.
+    """
+    (rows, columns), pattern = weight.shape, weight.pattern
+    index_bits = 0 if pattern.n == pattern.m else {4: 2, 8: 3, 16: 4, 32: 5}[pattern.m]
+    slots, index_bytes = (32 // index_bits, 4 * _ROWS) if index_bits else (_ROWS, 0)
+    kept = pattern.kept(columns)
+    chunks = (kept + slots - 1) // slots
+    stored = weight.data.reshape(-1, chunks, index_bytes + slots * _ROWS * weight.dtype.itemsize)
+    lanes = torch.arange(_ROWS)
+    if weight.dtype == torch.bfloat16:
+        lanes = torch.where(lanes < _ROWS // 2, 2 * lanes, 2 * lanes - _ROWS + 1)
+    dealt = stored[:, :, index_bytes:].contiguous().view(weight.dtype).reshape(-1, chunks, slots, _ROWS)[..., lanes]
+    values = dealt.permute(0, 3, 1, 2).reshape(-1, chunks * slots)[:rows, :kept].contiguous()
+    mask = torch.ones if index_bits == 0 else torch.zeros
+    bits = mask((rows, columns), dtype=torch.bool)
+    if index_bits:
+        words = stored[:, :, :index_bytes].contiguous().view(torch.int32)
+        shifts = torch.arange(slots, dtype=torch.int32) * index_bits
+        index = (words.unsqueeze(-1) >> shifts) & ((1 << index_bits) - 1)
+        index = index.permute(0, 2, 1, 3).reshape(-1, chunks * slots)[:rows, :kept]
+        groups = torch.arange(kept) // pattern.n * pattern.m
+        bits.scatter_(1, index + groups, True)
+    return NMWeight(values, pack_bits(bits), weight.shape, pattern, weight.scale)
 
 
 def _on_cpu(weight: Tensor) -> None:

@@ -199,6 +199,9 @@ def checked_names(folder: Path, headers: Mapping[str, TensorInfo], packed: Packe
             raise CheckpointError(f"{folder / listed[missing[0]]}: {missing[0]}: listed in {INDEX} but missing")
         if unexpected := sorted(headers.keys() - listed.keys()):
             raise CheckpointError(f"{headers[unexpected[0]]}: unexpected, not listed in {INDEX}")
+        for name, file in listed.items():
+            if headers[name].file.name != file:
+                raise CheckpointError(f"{headers[name]}: {INDEX} says that it is in {file}")
     return names
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maskpro_kernels import NMPattern, NMWeight, UnsupportedKernelError, _cpu, nm_linear, pack, to_int8, unpack
-from maskpro_kernels.interleaved import interleave, interleave_dense, remembered
+from maskpro_kernels.interleaved import interleave, interleave_dense, packed_again, remembered
 from maskpro_kernels.support import select_backend
 
 PATTERNS = st.sampled_from([4, 8, 16, 32]).flatmap(lambda m: st.builds(NMPattern, st.integers(1, m), st.just(m)))
@@ -263,3 +263,12 @@ def test_backend_choice(monkeypatch):
     monkeypatch.setenv("MASKPRO_KERNEL", "auto")
     with pytest.raises(UnsupportedKernelError, match="no kernel for pattern 2:4, activations"):
         select_backend(pattern, torch.float32, torch.bfloat16, "cuda")
+
+
+@given(pattern=PATTERNS, dtype=KEPT, rows=st.integers(1, 40), groups=st.integers(1, 40), seed=st.integers(0, 1 << 20))
+def test_an_interleaved_weight_is_packed_again_to_the_bit(pattern, dtype, rows, groups, seed):
+    generator = torch.Generator().manual_seed(seed)
+    weight = packed(torch.randn((rows, groups * pattern.m), generator=generator), pattern, dtype)
+    again = packed_again(interleave(weight))
+    assert torch.equal(again.values, weight.values)
+    assert torch.equal(again.bitmask, weight.bitmask)
