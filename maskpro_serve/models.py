@@ -71,8 +71,9 @@ def build_alias(alias: str, cache: Path) -> Path:
     with FileLock(cache / f"{alias}.lock"):
         if target.is_dir():
             return target
-        for stale in cache.glob(f".{alias}-*.tmp"):
-            shutil.rmtree(stale, ignore_errors=True)
+        for stale in (*cache.glob(f".{alias}-*.tmp"), *cache.glob(f".{alias}-*.partial")):
+            if stale.name != f".{target.name}.partial":  # which the build goes on from
+                shutil.rmtree(stale, ignore_errors=True)
         print(f"maskpro-serve: building {alias} in {target} (once)", file=sys.stderr, flush=True)
         _BUILDERS[alias](target)
     return target
