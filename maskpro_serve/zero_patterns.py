@@ -57,10 +57,9 @@ def count_zeros(in_features: int, blocks: Iterable[Tensor]) -> Zeros:
     for rows in blocks:
         if not most or not rows.numel():
             continue
-        counts = group_counts(rows != 0, 4)
+        nonzero = rows != 0
         for m in most:
-            groups = counts.reshape(len(rows), -1, m // 4).sum(-1) if m > 4 else counts
-            most[m] = max(most[m], int(groups.max()))
+            most[m] = max(most[m], int(group_counts(nonzero, m).max()))
     return Zeros(in_features, most)
 
 

@@ -143,15 +143,20 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def measure(folder: Path, shape: str) -> dict[str, Any]:
+    say("writing the model")
     specs, mask = write_model(folder / "model", shape)
     model, output = folder / "model", folder / "packed"
+    say("measuring the disk")
     before = disk_speed(folder)
+    say("packing")
     seconds, peak = pack(model, output, mask)
+    say("measuring the disk")
     after = disk_speed(folder)
     read = sum(path.stat().st_size for path in (*model.iterdir(), mask))
     written = sum(path.stat().st_size for path in output.iterdir())
     expected = hashes(output)
     shutil.rmtree(output)
+    say("packing, killing, packing")
     killed_after, _ = pack(model, output, mask, kill_at=max(1, len(expected) // 3))
     resumed, _ = pack(model, output, mask)
     reading, writing = (statistics.mean(each) for each in zip(before, after, strict=True))
@@ -177,6 +182,10 @@ def measure(folder: Path, shape: str) -> dict[str, Any]:
             "same_bytes": hashes(output) == expected,
         },
     }
+
+
+def say(what: str) -> None:
+    print(f"{time.strftime('%T')} {what}", file=sys.stderr, flush=True)
 
 
 def cpu() -> str:

@@ -1,4 +1,7 @@
-"""Boolean rows to bytes and back: bit k of byte j is column 8j + k, least significant bit first."""
+"""Boolean rows to bytes and back: bit k of byte j is column 8j + k, least significant bit first.
+
+On a CPU by numpy, which is forty times as fast at it as torch's operators.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ def bitmask_width(in_features: int) -> int:
 def pack_bits(mask: Tensor) -> Tensor:
     """Packs a boolean (rows, columns) mask into uint8 (rows, ceil(columns / 8)); spare bits are 0."""
     rows, columns = mask.shape
-    if mask.device.type == "cpu":  # forty times as fast
+    if mask.device.type == "cpu":
         return torch.from_numpy(np.packbits(mask.numpy(), axis=1, bitorder="little"))
     spare = -columns % 8
     if spare:
@@ -31,6 +34,9 @@ def pack_bits(mask: Tensor) -> Tensor:
 
 def unpack_bits(bitmask: Tensor, columns: int) -> Tensor:
     """Inverse of :func:`pack_bits`: uint8 (rows, ceil(columns / 8)) to boolean (rows, columns)."""
+    if bitmask.device.type == "cpu":
+        bits = np.unpackbits(bitmask.numpy(), axis=1, count=columns, bitorder="little")
+        return torch.from_numpy(bits).view(torch.bool)
     weights = torch.tensor(_BIT_WEIGHTS, dtype=torch.uint8, device=bitmask.device)
     bits = (bitmask.unsqueeze(-1) & weights) != 0
     return bits.reshape(bitmask.shape[0], -1)[:, :columns]

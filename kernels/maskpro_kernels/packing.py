@@ -104,10 +104,8 @@ def top_n_mask(scores: Tensor, pattern: NMPattern) -> Tensor:
 
 
 def group_counts(mask: Tensor, m: int) -> Tensor:
-    """How many of every m consecutive columns are set: boolean (rows, columns) to int32 (rows, columns / m)."""
-    # Four bytes of 0 or 1 as one integer: the product's highest byte is their sum. Ten times as fast as sum().
-    fours = (mask.contiguous().view(torch.int32) * 0x01010101) >> 24
-    return fours if m == 4 else fours.reshape(mask.shape[0], -1, m // 4).sum(-1, dtype=torch.int32)
+    """How many of every m consecutive columns are set: boolean (rows, columns) to uint8 (rows, columns / m)."""
+    return count_bits(pack_bits(mask), m)[:, : mask.shape[1] // m]
 
 
 def check_mask(mask: Tensor, pattern: NMPattern, *, first_row: int = 0) -> None:
