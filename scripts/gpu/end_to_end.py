@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -70,6 +71,7 @@ def write_model(folder: Path, shape: str, layers: int, sparse: bool) -> None:
 
 
 def run(folder: Path) -> dict[str, float]:
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the model in this process, to be asked for its bytes
     from vllm import LLM, SamplingParams
 
     from maskpro_serve.plugin import register

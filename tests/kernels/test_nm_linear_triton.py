@@ -87,7 +87,9 @@ CASES = cases()
 
 
 def run(case: Case, device: str = "cpu") -> dict[str, torch.Tensor]:
-    """The kernel's product, twice, and the dense weight."""
+    """The kernel's product, twice where it is split; the dense weight; the product by way of that."""
+    from maskpro_kernels.cuda import dispatch
+    from maskpro_kernels.cuda.plans import Plan
     from maskpro_kernels.triton.nm_linear import expand
     from maskpro_kernels.triton.nm_linear import nm_linear as multiply
 
@@ -95,6 +97,9 @@ def run(case: Case, device: str = "cpu") -> dict[str, torch.Tensor]:
     arguments = (x, weight.values, weight.bitmask, weight.scale, bias, case.pattern, case.tile)
     again = multiply(*arguments) if case.tile.splits > 1 else None
     dense = expand(weight.values, weight.bitmask, case.in_features, case.pattern, weight.values.dtype)
+    operands = dispatch.Operands(*arguments[:-1])
+    expanded = dispatch.run(Plan("expand"), operands)
+    assert dispatch.right(operands, dispatch.expected_output(operands), expanded)
     return {"y": multiply(*arguments).cpu(), "again": None if again is None else again.cpu(), "dense": dense.cpu()}
 
 

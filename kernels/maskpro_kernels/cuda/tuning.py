@@ -51,13 +51,13 @@ def choose(
         known = table.of(problem)
         times = ", ".join(f"{plan.backend} {plan.microseconds:.1f}" for plan in known.values())
         logger.info("%s: microseconds: %s", problem, times)
-    plan = min((known[name] for name in allowed), key=lambda plan: _time(plan))
-    if _time(plan) == FAILED:
+    plan = min((known[name] for name in allowed), key=time_of)
+    if time_of(plan) == FAILED:
         raise RuntimeError(f"{problem}: no kernel gives a right result on {table.device.name}: {', '.join(allowed)}")
     return plan
 
 
-def _time(plan: Plan) -> float:
+def time_of(plan: Plan) -> float:
     return FAILED if plan.microseconds is None else plan.microseconds
 
 
@@ -78,7 +78,7 @@ def _best(
             # a library's own exceptions, of any type. That a way cannot run leaves the others.
             logger.warning("%s: %s cannot run: %s", problem, plan, error)
             continue
-        if time < _time(best):
+        if time < time_of(best):
             best = Plan(name, plan.tile, time)
     return best
 
