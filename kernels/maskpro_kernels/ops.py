@@ -1,11 +1,13 @@
-"""The operators of torch.ops.maskpro, their fakes and CPU implementations, and their Python face.
+"""The operators of torch.ops.maskpro, their fakes and implementations, and their Python face.
 
-``nm_linear`` takes a weight as it is stored, ``nm_linear_interleaved`` as the CPU kernels read it.
+``nm_linear`` takes a weight as it is stored, ``nm_linear_interleaved`` as the CPU kernels read it. On a CUDA GPU the
+first chooses its kernel by the number of tokens: see cuda/dispatch.py.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -115,12 +117,22 @@ def _forward(
     pattern = _pattern(n, m)
     _check(x, values, bitmask, bias, pattern)
     _check_scale(x, scale, values.dtype, values.shape[0])
-    backend = select_backend(pattern, x.dtype, values.dtype, x.device.type)
+    rows = x.reshape(-1, x.shape[-1])
+    if x.device.type == "cuda":
+        return _on_cuda()(rows, values, bitmask, scale, bias, pattern).reshape(*x.shape[:-1], values.shape[0])
+    backend = select_backend(pattern, x.dtype, values.dtype, "cpu")
     if backend.isa is None:
-        rows = x.reshape(-1, x.shape[-1])
         return nm_linear_reference(rows, values, bitmask, scale, bias).reshape(*x.shape[:-1], values.shape[0])
     weight = remembered(values, bitmask, x.shape[-1], pattern)
     return _native(x, weight, scale, bias, values.shape[0], n, m, values.dtype, backend.isa)
+
+
+@functools.cache
+def _on_cuda() -> Callable[..., Tensor]:
+    """The dispatch among GPU kernels: imported where a GPU is used."""
+    from maskpro_kernels.cuda.dispatch import nm_linear as on_cuda
+
+    return on_cuda
 
 
 def _forward_interleaved(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 
@@ -25,7 +27,13 @@ class Backend:
         devices: torch device types it runs on.
         activation_dtypes: dtypes of x it takes.
         weight_dtypes: dtypes of the kept values it takes.
-        isa: the native instruction set, or None for the reference.
+        isa: the native instruction set of a CPU, or None.
+        patterns: those it takes; empty for every one.
+        same_dtype: activations and kept values must be of one dtype.
+        capability: the least compute capability of a GPU.
+        multiples: what out_features and in_features must be multiples of.
+        prepared: it needs metadata that :func:`maskpro_kernels.cuda.prepare` makes.
+        missing: says why this process cannot run it, or None if it can.
     """
 
     name: str
@@ -33,13 +41,33 @@ class Backend:
     activation_dtypes: tuple[torch.dtype, ...]
     weight_dtypes: tuple[torch.dtype, ...]
     isa: str | None = None
+    patterns: tuple[NMPattern, ...] = ()
+    same_dtype: bool = False
+    capability: tuple[int, int] = (0, 0)
+    multiples: tuple[int, int] = (1, 1)
+    prepared: bool = False
+    missing: Callable[[], str | None] | None = None
 
-    def covers(self, activation: torch.dtype, weight: torch.dtype, device: str) -> bool:
-        return device in self.devices and activation in self.activation_dtypes and weight in self.weight_dtypes
+    def uncovered(self, pattern: NMPattern, activation: torch.dtype, weight: torch.dtype, device: str) -> str | None:
+        """Why it cannot run these types, or None if it can."""
+        if device not in self.devices:
+            return f"covers {'/'.join(self.devices)} only"
+        if activation not in self.activation_dtypes or weight not in self.weight_dtypes:
+            return "does not cover these dtypes"
+        if self.same_dtype and activation != weight:
+            return "activations and weights must be of one dtype"
+        if self.patterns and pattern not in self.patterns:
+            return f"covers {', '.join(map(str, self.patterns))} only"
+        return None
+
+    def covers_shape(self, out_features: int, in_features: int) -> bool:
+        return out_features % self.multiples[0] == 0 and in_features % self.multiples[1] == 0
 
     @property
     def unavailable(self) -> str | None:
         """Why this machine cannot run it, or None if it can."""
+        if self.missing is not None:
+            return self.missing()
         if self.isa is None:
             return None
         try:
@@ -48,57 +76,92 @@ class Backend:
             return str(error)
 
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_KEPT = (*WEIGHT_DTYPES, torch.int8)
+def _no_triton() -> str | None:
+    return None if find_spec("triton") else "Triton cannot be imported"
 
-# In order of preference. Every backend takes every NMPattern.
+
+def _no_cusparselt() -> str | None:
+    return None if torch.backends.cusparselt.is_available() else "this torch is built without cuSPARSELt"
+
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_HALVES = (torch.bfloat16, torch.float16)
+_KEPT = (*WEIGHT_DTYPES, torch.int8)
+_TWO_OF_FOUR = (NMPattern(2, 4),)
+
+# In order of preference; on a GPU they compete instead (cuda/tuning.py), and the first is what needs no measurement.
 BACKENDS = (
     Backend("cpu-avx512", ("cpu",), _FLOATS, _KEPT, isa="avx512"),
     Backend("cpu-avx2", ("cpu",), _FLOATS, _KEPT, isa="avx2"),
     Backend("cpu-portable", ("cpu",), _FLOATS, _KEPT, isa="portable"),
+    Backend("triton", ("cuda",), _FLOATS, _KEPT, capability=(8, 0), missing=_no_triton),
+    Backend("expand", ("cuda",), _FLOATS, _KEPT, capability=(8, 0), missing=_no_triton),
+    Backend(
+        "cutlass", ("cuda",), _HALVES, _HALVES, patterns=_TWO_OF_FOUR, same_dtype=True, capability=(8, 0),
+        multiples=(32, 64), prepared=True,
+    ),
+    Backend(
+        "cusparselt", ("cuda",), _HALVES, _HALVES, patterns=_TWO_OF_FOUR, same_dtype=True, capability=(8, 0),
+        multiples=(16, 16), prepared=True, missing=_no_cusparselt,
+    ),
     Backend("reference", ("cpu", "cuda"), (*_FLOATS, torch.float64), (*_KEPT, torch.float64)),
-)
+)  # fmt: skip
 """What runs where. The reference is chosen by name only: `auto` never falls back to it in silence."""
 
 _FAMILIES = ("auto", "cpu")
 
 
 def select_backend(pattern: NMPattern, activation: torch.dtype, weight: torch.dtype, device: str) -> Backend:
-    """The backend that runs ``nm_linear`` for these types, as MASKPRO_KERNEL asks.
+    """The backend that runs ``nm_linear`` for these types, as MASKPRO_KERNEL asks; the first of :func:`candidates`."""
+    return candidates(pattern, activation, weight, device)[0]
+
+
+def candidates(
+    pattern: NMPattern, activation: torch.dtype, weight: torch.dtype, device: str,
+    capability: tuple[int, int] | None = None,
+) -> tuple[Backend, ...]:  # fmt: skip
+    """The backends that can run ``nm_linear`` for these types and that MASKPRO_KERNEL allows, at least one.
 
     Args:
         pattern: the (N:M) pattern of the weight.
         activation: dtype of x.
         weight: dtype of the kept values.
         device: torch device type, ``cpu`` or ``cuda``.
+        capability: compute capability of the GPU; None takes any for able.
 
     Raises:
-        UnsupportedKernelError: none covers them; the message says why for each candidate.
+        UnsupportedKernelError: none covers them; the message says why for each that was asked for.
         ValueError: MASKPRO_KERNEL names no backend.
     """
-    return _select(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), pattern, activation, weight, device)
+    return _candidates(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), pattern, activation, weight, device, capability)
 
 
 @functools.cache
-def _select(request: str, pattern: NMPattern, activation: torch.dtype, weight: torch.dtype, device: str) -> Backend:
+def _candidates(
+    request: str, pattern: NMPattern, activation: torch.dtype, weight: torch.dtype, device: str,
+    capability: tuple[int, int] | None,
+) -> tuple[Backend, ...]:  # fmt: skip
     known = (*_FAMILIES, *(b.name for b in BACKENDS))
     if request not in known:
         raise ValueError(f"{ENVIRONMENT_VARIABLE}={request!r} is unknown: expected one of {', '.join(known)}")
     if request == "auto":
-        candidates = [b for b in BACKENDS if b.name != "reference"]
+        asked = [b for b in BACKENDS if b.name != "reference"]
     elif request in _FAMILIES:
-        candidates = [b for b in BACKENDS if b.name.startswith(f"{request}-")]
+        asked = [b for b in BACKENDS if b.name.startswith(f"{request}-")]
     else:
-        candidates = [b for b in BACKENDS if b.name == request]
-    reasons = []
-    for backend in candidates:
-        reason = backend.unavailable
-        if not backend.covers(activation, weight, device):
-            reason = f"covers {'/'.join(backend.devices)} only, or not these dtypes"
+        asked = [b for b in BACKENDS if b.name == request]
+    found, reasons = [], []
+    for backend in asked:
+        reason = backend.uncovered(pattern, activation, weight, device) or backend.unavailable
+        if reason is None and capability is not None and capability < backend.capability:
+            needed, found_here = (".".join(map(str, version)) for version in (backend.capability, capability))
+            reason = f"needs compute capability {needed}, found {found_here}"
         if reason is None:
-            return backend
+            found.append(backend)
         reasons.append(f"{backend.name}: {reason}")
-    raise UnsupportedKernelError(
-        f"no kernel for pattern {pattern}, activations {activation}, weights {weight} on {device} "
-        f"({ENVIRONMENT_VARIABLE}={request}): {'; '.join(reasons)}"
-    )
+    if not found:
+        raise UnsupportedKernelError(
+            f"no kernel for pattern {pattern}, activations {activation}, weights {weight} on {device} "
+            f"({ENVIRONMENT_VARIABLE}={request}): {'; '.join(reasons)}"
+        )
+    return tuple(found)

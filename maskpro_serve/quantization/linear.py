@@ -13,6 +13,7 @@ from vllm.model_executor.parameter import BasevLLMParameter
 
 from maskpro_kernels import NMWeight
 from maskpro_kernels.bits import bitmask_width, pack_bits
+from maskpro_kernels.cuda import prepare, remember
 from maskpro_kernels.interleaved import interleave
 from maskpro_kernels.packing import WEIGHT_DTYPES, check_bitmask
 from maskpro_kernels.support import select_backend
@@ -94,7 +95,15 @@ class NMLinearMethod(LinearMethodBase):
         layer.maskpro_shape, layer.maskpro_dtype = weight.shape, weight.values.dtype
         if weight.scale is not None:
             layer.weight_scale = Parameter(weight.scale, requires_grad=False)
-        if backend.isa is None:
+        names = backend.name
+        if weight.values.is_cuda and backend.name != "reference":
+            most_tokens = get_current_vllm_config().scheduler_config.max_num_batched_tokens
+            prepared = prepare(weight, activation_dtype, most_tokens)
+            nbytes, names = prepared.nbytes, "+".join(prepared.backends)
+            layer.compressed = Parameter(prepared.weight.values, requires_grad=False)
+            layer.bitmask = Parameter(prepared.weight.bitmask, requires_grad=False)
+            remember(layer.compressed, layer.bitmask, prepared.metadata)
+        elif backend.isa is None:
             layer.compressed = Parameter(weight.values, requires_grad=False)
             layer.bitmask = Parameter(weight.bitmask, requires_grad=False)
         else:  # the CPU's own order replaces the stored one, layer by layer: never both of the whole model
@@ -102,7 +111,7 @@ class NMLinearMethod(LinearMethodBase):
             nbytes = order.nbytes
             layer.interleaved = Parameter(order.data, requires_grad=False)
             del layer.compressed, layer.bitmask
-        self.config.tally.loaded(nbytes, weight.dense_nbytes, layer.maskpro_partitions, backend.name)
+        self.config.tally.loaded(nbytes, weight.dense_nbytes, layer.maskpro_partitions, names)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         pattern = self.config.pattern

@@ -1,0 +1,316 @@
+"""``nm_linear`` on a GPU: the number of tokens and the measured table say which backend runs.
+
+Few tokens are bound by the bytes of the weight, and the Triton kernel reads the stored ones. Many are bound by
+arithmetic: the sparse tensor cores do 2:4 at up to twice the dense rate; for other patterns the dense weight is written
+to a buffer first (``expand``), which costs N/M * 2 + 1/8 + 2 bytes a weight once, and cuBLAS multiplies. Where one
+begins to win against the other is measured on the GPU at hand (cuda/tuning.py), for 16, 32, ... 8,192 tokens.
+
+The choice is a Python branch on the number of tokens, which a CUDA graph fixes when it is captured. Nothing can be
+measured during a capture: a problem that is not in the table by then runs on Triton with the likeliest tile, and a
+warning says so. :func:`prepare` measures everything beforehand.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import weakref
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from maskpro_kernels.cuda import semi_structured
+from maskpro_kernels.cuda.device import Device, device_of
+from maskpro_kernels.cuda.plans import Plan, PlanTable, Problem, bucket, buckets, default_folder
+from maskpro_kernels.cuda.tuning import FAILED, Run, choose, measure_on_gpu, time_of
+from maskpro_kernels.packing import NMWeight
+from maskpro_kernels.pattern import NMPattern
+from maskpro_kernels.reference import nm_linear_reference
+from maskpro_kernels.support import candidates
+from maskpro_kernels.triton.tile import Tile, tiles
+
+logger = logging.getLogger(__name__)
+
+_CHECKED_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What the sparse tensor cores need of a weight besides its values."""
+
+    cutlass: Tensor | None = None
+    cusparselt: Tensor | None = None
+
+    def serves(self, backend: str) -> bool:
+        return backend not in ("cutlass", "cusparselt") or getattr(self, backend) is not None
+
+
+_NONE = Metadata()
+
+
+@dataclass(frozen=True)
+class Operands:
+    """One product: x (tokens, in_features), the rest as of the operator."""
+
+    x: Tensor
+    values: Tensor
+    bitmask: Tensor
+    scale: Tensor | None
+    bias: Tensor | None
+    pattern: NMPattern
+    metadata: Metadata = _NONE
+
+    @property
+    def problem(self) -> Problem:
+        tokens, in_features = self.x.shape
+        return Problem(self.pattern, self.x.dtype, self.values.dtype, self.values.shape[0], in_features, bucket(tokens))
+
+
+def run(plan: Plan, operands: Operands) -> Tensor:
+    """Multiplies as a plan says."""
+    o = operands
+    match plan.backend:
+        case "triton":
+            from maskpro_kernels.triton.nm_linear import nm_linear as multiply
+
+            assert plan.tile is not None
+            return multiply(o.x, o.values, o.bitmask, o.scale, o.bias, o.pattern, plan.tile)
+        case "expand":
+            return _expanded_linear(o)
+        case "cutlass":
+            assert o.metadata.cutlass is not None
+            return semi_structured.cutlass_linear(o.x, o.values, o.metadata.cutlass, o.bias)
+        case "cusparselt":
+            assert o.metadata.cusparselt is not None
+            return semi_structured.cusparselt_linear(o.x, o.metadata.cusparselt, o.bias)
+        case _:
+            return nm_linear_reference(o.x, o.values, o.bitmask, o.scale, o.bias)
+
+
+def _expanded_linear(o: Operands) -> Tensor:
+    from maskpro_kernels.triton.nm_linear import expand, multiplied_in
+
+    dtype = multiplied_in(o.x.dtype, o.values.dtype)
+    dense = expand(o.values, o.bitmask, o.x.shape[1], o.pattern, dtype)
+    if o.scale is not None:  # rounded into the weight, a sum of int8 products times its scale could leave float16
+        dense.mul_(o.scale.unsqueeze(1))
+    bias = None if o.bias is None else o.bias.to(dtype)
+    return F.linear(o.x.to(dtype), dense, bias).to(o.x.dtype)
+
+
+def ways(backend: str, operands: Operands, device: Device) -> dict[Plan, Run]:
+    """The plans a backend could follow for a product, and how to run each."""
+    plans = [Plan(backend)]
+    if backend == "triton":
+        plans = [Plan(backend, tile) for tile in _tiles(operands.problem, device)]
+    return {plan: functools.partial(run, plan, operands) for plan in plans}
+
+
+def _tiles(problem: Problem, device: Device) -> list[Tile]:
+    stored = 4 if problem.activation == torch.float32 or problem.weight not in (problem.activation, torch.int8) else 2
+    return tiles(problem.tokens, problem.out_features, problem.in_features, device.processors, stored)
+
+
+class Dispatcher:
+    """The choices of one kind of GPU.
+
+    Args:
+        device: the GPU.
+        table: its measured times.
+        measure: microseconds of a call.
+    """
+
+    def __init__(self, device: Device, table: PlanTable, measure: Callable[[Run], float] = measure_on_gpu) -> None:
+        self.device = device
+        self.table = table
+        self.measure = measure
+        self._chosen: dict[tuple[Problem, tuple[str, ...]], Plan] = {}
+        self._warned: set[Problem] = set()
+
+    def plan(self, operands: Operands) -> Plan:
+        """The plan for a product; measured now if it has to be."""
+        problem = operands.problem
+        allowed = tuple(
+            backend.name
+            for backend in candidates(
+                problem.pattern, problem.activation, problem.weight, "cuda", self.device.capability
+            )
+            if backend.covers_shape(problem.out_features, problem.in_features)
+            and operands.metadata.serves(backend.name)
+        )
+        if not allowed:
+            raise ValueError(
+                f"nm_linear: {problem}: the kernels that MASKPRO_KERNEL asks for do not cover this shape, or need a "
+                "weight that maskpro_kernels.cuda.prepare() was given"
+            )
+        if allowed == ("reference",):
+            return Plan("reference")
+        key = (problem, allowed)
+        found = self._chosen.get(key)
+        if found is None:
+            if _capturing():
+                return self._unmeasured(problem, allowed)
+            found = self._chosen[key] = self._measured(operands, allowed)
+        return found
+
+    def _unmeasured(self, problem: Problem, allowed: tuple[str, ...]) -> Plan:
+        known = [plan for name, plan in self.table.of(problem).items() if name in allowed and time_of(plan) < FAILED]
+        if known:
+            return min(known, key=time_of)
+        plan = Plan(allowed[0], _tiles(problem, self.device)[0] if allowed[0] == "triton" else None)
+        if problem not in self._warned:
+            self._warned.add(problem)
+            logger.warning("%s: nothing was measured before this CUDA graph was captured; it runs on %s", problem, plan)
+        return plan
+
+    def _measured(self, operands: Operands, allowed: tuple[str, ...]) -> Plan:
+        """Chooses for the bucket's number of tokens, with activations of its own."""
+        problem = operands.problem
+        x = torch.randn((problem.tokens, problem.in_features), device=operands.x.device).to(operands.x.dtype)
+        sample = replace(operands, x=x)
+        return choose(
+            self.table, problem, allowed, lambda name: ways(name, sample, self.device),
+            functools.partial(right, sample, expected_output(sample)), self.measure,
+        )  # fmt: skip
+
+
+def _some(of_tokens: Tensor) -> Tensor:
+    """The first and the last tokens: the last tile may be cut short."""
+    return torch.cat([of_tokens[:_CHECKED_TOKENS], of_tokens[-_CHECKED_TOKENS:]]).float()
+
+
+def expected_output(operands: Operands) -> Tensor:
+    """Some outputs, in float32."""
+    o = operands
+    return nm_linear_reference(_some(o.x), o.values, o.bitmask, o.scale, o.bias)
+
+
+def right(operands: Operands, expected: Tensor, y: Tensor) -> bool:
+    """Whether some outputs are what float32 gives, to the rounding of the dtype.
+
+    Rounding every weight and every output once, in random directions, moves the outputs by a part of eps of their
+    norm. 8 eps are no chance: of bfloat16, one weight in 500 at a wrong place makes as much. Float32 sums round, too.
+    A weight may hold infinities or NaN: what they reach is not compared.
+    """
+    eps = max(torch.finfo(operands.x.dtype).eps, 2**-18)
+    there = torch.isfinite(expected)
+    error = (_some(y) - expected)[there].norm()
+    return bool(error <= 8 * eps * expected[there].norm())
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+@functools.cache
+def dispatcher(device: Device) -> Dispatcher:
+    """The process's dispatcher for a kind of GPU."""
+    return Dispatcher(device, PlanTable(device, default_folder()))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A weight ready to be multiplied.
+
+    Attributes:
+        weight: the same weight; its values may have moved to a buffer they share with metadata.
+        metadata: what the sparse tensor cores need, made for the choices that were measured.
+        backends: names of those that will run it, the one for few tokens first.
+        nbytes: of the weight and its metadata.
+    """
+
+    weight: NMWeight
+    metadata: Metadata
+    backends: tuple[str, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class _Kept:
+    bitmask: weakref.ref[Tensor]
+    metadata: Metadata
+
+
+_prepared: MutableMapping[Tensor, _Kept] = WeakTensorKeyDictionary()
+
+
+def prepare(weight: NMWeight, activation: torch.dtype, most_tokens: int) -> Prepared:
+    """Chooses kernels for a weight on a GPU, for 1 to ``most_tokens`` tokens, and makes what they need.
+
+    The choice is remembered for the weight's two tensors: neither may be written to afterwards.
+
+    Args:
+        weight: on a CUDA device.
+        activation: dtype of the activations.
+        most_tokens: of one call.
+
+    Raises:
+        UnsupportedKernelError: no backend covers it.
+
+    Cost: measures what the table does not know of this shape, some seconds for a new one; metadata is 1 bit a weight.
+    """
+    device = device_of(weight.values)
+    choices = dispatcher(device)
+    everything, values = _all_metadata(weight, activation, device)
+    operands = Operands(
+        weight.values.new_empty((1, weight.shape[1]), dtype=activation), values, weight.bitmask, weight.scale, None,
+        weight.pattern, everything,
+    )  # fmt: skip
+    plans = []
+    for tokens in buckets(most_tokens):
+        plans.append(choices.plan(replace(operands, x=operands.x.expand(tokens, -1))))
+    used = tuple(dict.fromkeys(plan.backend for plan in plans))
+    metadata = Metadata(
+        everything.cutlass if "cutlass" in used else None, everything.cusparselt if "cusparselt" in used else None
+    )
+    if metadata.cusparselt is None:
+        values = weight.values
+    kept = replace(weight, values=values)
+    remember(kept.values, kept.bitmask, metadata)
+    extra = metadata.cutlass.nbytes if metadata.cutlass is not None else 0
+    if metadata.cusparselt is not None:
+        extra += metadata.cusparselt.nbytes - values.nbytes
+    return Prepared(kept, metadata, used, weight.nbytes + extra)
+
+
+def remember(values: Tensor, bitmask: Tensor, metadata: Metadata) -> None:
+    """Gives the metadata to every later product with these two tensors, for as long as they live.
+
+    They are the weight's own, or others of the same memory: a Parameter is another tensor than what it was made of.
+    """
+    _prepared[values] = _Kept(weakref.ref(bitmask), metadata)
+
+
+def _all_metadata(weight: NMWeight, activation: torch.dtype, device: Device) -> tuple[Metadata, Tensor]:
+    """What every candidate would need, and the values where cuSPARSELt wants them."""
+    found: dict[str, Tensor] = {}
+    values = weight.values
+    for backend in candidates(weight.pattern, activation, values.dtype, "cuda", device.capability):
+        if not backend.prepared or not backend.covers_shape(*weight.shape):
+            continue
+        try:
+            if backend.name == "cutlass":
+                found["cutlass"] = semi_structured.cutlass_metadata(weight.bitmask)
+            else:
+                buffer = semi_structured.cusparselt_buffer(values, weight.bitmask, weight.shape[1])
+                found["cusparselt"] = buffer
+                values = semi_structured.values_of_buffer(buffer, values.shape)
+        except RuntimeError as error:  # a library without kernels for this GPU
+            logger.warning("%s cannot take a weight of %s: %s", backend.name, weight.shape, error)
+    return Metadata(**found), values
+
+
+def nm_linear(
+    x: Tensor, values: Tensor, bitmask: Tensor, scale: Tensor | None, bias: Tensor | None, pattern: NMPattern
+) -> Tensor:
+    """The operator's implementation for x (tokens, in_features) on a GPU; arguments were checked."""
+    if x.shape[0] == 0:
+        return x.new_empty((0, values.shape[0]))
+    kept = _prepared.get(values)
+    metadata = kept.metadata if kept is not None and kept.bitmask() is bitmask else _NONE
+    operands = Operands(x, values, bitmask, scale, bias, pattern, metadata)
+    return run(dispatcher(device_of(x)).plan(operands), operands)

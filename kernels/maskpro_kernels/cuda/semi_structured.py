@@ -1,0 +1,92 @@
+"""2:4 on sparse tensor cores, through torch's two operators: CUTLASS and cuSPARSELt.
+
+Both take the kept values row-major, two of four, exactly as ``values`` are stored (FORMAT.md), and metadata of their
+own: two 2-bit indices a group, 1 bit a weight, as many as the bitmask has, in an order that suits the hardware.
+
+- CUTLASS takes the metadata as a tensor beside the values. Its order is public (CUTLASS, ``reorder_meta`` in
+  host_reorder.h, and its PyTorch twin ``torch.sparse._semi_structured_conversions``): rows are dealt in eights within
+  32, blocks of two by two are transposed, and pairs of columns are interleaved column-major.
+- cuSPARSELt keeps the order of its metadata to itself and wants it behind the values, in one buffer. So the buffer is
+  made by its own compression, of a weight that is 1 where ours is kept: a kept value may be zero, which compression
+  would take for a dropped one. Our values are then written over the ones, and are from there on a view of the buffer:
+  one copy in memory, which the Triton kernel reads too.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from maskpro_kernels.bits import unpack_bits
+
+_TOKENS = 8
+"""Both operators want the dense side in multiples of this."""
+
+
+def cutlass_metadata(bitmask: Tensor) -> Tensor:
+    """The metadata of CUTLASS for 16-bit values.
+
+    Args:
+        bitmask: uint8 (out_features, in_features / 8) of a 2:4 weight; 32 divides out_features and in_features.
+
+    Returns:
+        int16 (out_features, in_features / 16), in CUTLASS's order.
+    """
+    rows, width = bitmask.shape
+    codes = _codes(bitmask.device)[bitmask.int()]
+    columns = width // 2
+    meta = codes.view(torch.int16).reshape(rows // 32, 2, 2, 8, columns // 2, 2)
+    # Of a row's number: (block of 32, a / 2, a % 2, b) for a * 8 + b; it becomes b * 4 + a. Of a column's: (pair, odd).
+    # Transposing blocks of two by two exchanges a % 2 with the column's odd bit.
+    return meta.permute(4, 0, 3, 1, 5, 2).reshape(rows, columns)
+
+
+@functools.cache
+def _codes(device: torch.device) -> Tensor:
+    """uint8 (256,): for two groups' masks, lowest four bits first, the two indices of each, 4 bits a group."""
+    codes = []
+    for byte in range(256):
+        code = 0
+        for shift in (0, 4):
+            kept = [k for k in range(4) if byte >> shift & 1 << k]
+            if len(kept) == 2:
+                code |= (kept[0] | kept[1] << 2) << shift
+        codes.append(code)
+    return torch.tensor(codes, dtype=torch.uint8, device=device)
+
+
+def cutlass_linear(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None) -> Tensor:
+    """``x @ W.T + bias`` for x (tokens, in_features) of the values' dtype, by ``torch._sparse_semi_structured_mm``."""
+    padded = _padded(x).t()
+    if bias is None:
+        y = torch._sparse_semi_structured_mm(values, metadata, padded)
+    else:
+        y = torch._sparse_semi_structured_addmm(bias.to(x.dtype), values, metadata, padded)
+    return y.t()[: x.shape[0]].contiguous()
+
+
+def cusparselt_buffer(values: Tensor, bitmask: Tensor, in_features: int) -> Tensor:
+    """The values with cuSPARSELt's metadata behind them, of the values' dtype and as torch's compression shapes it."""
+    mask = unpack_bits(bitmask, in_features).to(values.dtype)
+    buffer = torch._cslt_compress(mask)
+    values_of_buffer(buffer, values.shape).copy_(values)
+    return buffer
+
+
+def values_of_buffer(buffer: Tensor, shape: torch.Size) -> Tensor:
+    """The kept values, a view."""
+    return buffer.view(-1)[: shape.numel()].view(shape)
+
+
+def cusparselt_linear(x: Tensor, buffer: Tensor, bias: Tensor | None) -> Tensor:
+    """``x @ W.T + bias`` for x (tokens, in_features) of the buffer's dtype, by ``torch._cslt_sparse_mm``."""
+    bias = None if bias is None else bias.to(x.dtype)
+    return torch._cslt_sparse_mm(buffer, _padded(x).t(), bias=bias, transpose_result=True)[: x.shape[0]]
+
+
+def _padded(x: Tensor) -> Tensor:
+    spare = -x.shape[0] % _TOKENS
+    return F.pad(x, (0, 0, 0, spare)) if spare else x.contiguous()

@@ -1,0 +1,203 @@
+"""From the stored bytes to a dense tile, in the registers of a GPU: kept values and bitmask in, zeros put back.
+
+A tile is BLOCK_O rows of BLOCK_K columns, cut into groups of M. What every column needs is its *rank*, the number of
+kept columns before it in its group. Counting bits is slow (16 lanes a clock of a Hopper SM, where other integer
+operations have 64), so a byte of mask is dealt to eight nibbles and multiplied by 0x11111110: nibble k of the product
+is the sum of the nibbles below it, the rank of column k. Planes of constant k then take a shift and a mask each.
+
+A column's value comes from one of three places, EXPAND:
+
+- WORD: all kept values of a group are one integer of 8 to 64 bits, which is read whole, neighbours side by side;
+  shifted right by rank * bits it begins with the value wanted. 1, 2 or 4 kept of 16 bits, 1 to 8 of 8 bits.
+- GATHER: the value is loaded from values[rank]. Works for every N; the M loads of a group fall into the N values that
+  lie side by side, so memory is read once and the cache's bandwidth is what is spent.
+- PERMUTE, for 2:4 of 16 bits: a group's two values are one word and its four columns are two; each of these is one byte
+  permutation (PRMT) of the word and of zeros. Of its selectors a table of eight is known by the low three bits of the
+  group's mask, which differ for all six masks of 2:4, and a byte permutation of constants looks up four groups at once.
+  1.25 instructions a weight, where WORD takes about 5.
+
+Planes are joined so that a thread holds neighbouring columns side by side: joining is a renaming of registers.
+"""
+
+# ruff: noqa: N803, N806, RET505, SIM108  (constants in capitals, branches that are compiled: Triton's own style)
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped, import-not-found"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+WORD = tl.constexpr(0)
+GATHER = tl.constexpr(1)
+PERMUTE = tl.constexpr(2)
+
+
+@triton.jit
+def _byte_permute(low, high, selector):
+    """PRMT: byte i of the result is byte (selector >> 4i) & 7 of the eight in (high, low)."""
+    return libdevice.byte_perm(low, high, selector)
+
+
+@triton.jit
+def _ranks_of_byte(byte):
+    """uint32: nibble k is the number of bits set below bit k, of the lowest eight."""
+    spread = (byte | (byte << 12)) & 0x000F000F
+    spread = (spread | (spread << 6)) & 0x03030303
+    spread = (spread | (spread << 3)) & 0x11111111
+    return spread * 0x11111110
+
+
+@triton.jit
+def _bits_in_byte(byte, ranks):
+    return (ranks >> 28) + ((byte >> 7) & 1)
+
+
+@triton.jit
+def _plane(source, bits, r0, r1, r2, r3, K: tl.constexpr, BITS: tl.constexpr, EXPAND: tl.constexpr):
+    """Column K of every group: integers of BITS bits for a WORD, else of the dtype that source points to."""
+    if K < 8:
+        rank = (r0 >> (4 * K)) & 15
+    elif K < 16:
+        rank = ((r1 >> (4 * (K - 8))) & 15) + _bits_in_byte(bits, r0)
+    elif K < 24:
+        rank = ((r2 >> (4 * (K - 16))) & 15) + _bits_in_byte(bits, r0) + _bits_in_byte(bits >> 8, r1)
+    else:
+        before = _bits_in_byte(bits, r0) + _bits_in_byte(bits >> 8, r1) + _bits_in_byte(bits >> 16, r2)
+        rank = ((r3 >> (4 * (K - 24))) & 15) + before
+    kept = (bits & (1 << K)) != 0
+    if EXPAND == GATHER:
+        value = tl.load(source + rank.to(tl.int32), mask=kept, other=0)
+    else:
+        shifted = source >> (rank * BITS).to(source.dtype)
+        if BITS == 8:
+            value = tl.where(kept, shifted.to(tl.uint8), 0)
+        elif BITS == 16:
+            value = tl.where(kept, shifted.to(tl.uint16), 0)
+        else:
+            value = tl.where(kept, shifted.to(tl.uint32), 0)
+    return value
+
+
+@triton.jit
+def _planes(
+    source, bits, r0, r1, r2, r3,
+    FIRST: tl.constexpr, STEP: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr, EXPAND: tl.constexpr,
+):  # fmt: skip
+    """Columns FIRST, FIRST + STEP, ... below M of every group, (BLOCK_O, groups, 2, 2, ...), last axis fastest."""
+    if STEP == M:
+        return _plane(source, bits, r0, r1, r2, r3, FIRST, BITS, EXPAND)
+    else:
+        even = _planes(source, bits, r0, r1, r2, r3, FIRST, 2 * STEP, M, BITS, EXPAND)
+        odd = _planes(source, bits, r0, r1, r2, r3, FIRST + STEP, 2 * STEP, M, BITS, EXPAND)
+        return tl.join(even, odd)
+
+
+@triton.jit
+def _load(source, inside, EVEN: tl.constexpr):
+    """A tile that lies within the weight is loaded without a mask: a mask would keep loads narrow."""
+    if EVEN:
+        loaded = tl.load(source)
+    else:
+        loaded = tl.load(source, mask=inside, other=0)
+    return loaded
+
+
+@triton.jit
+def _load_bits(
+    bitmask, rows, stride, first, in_features, MASK: tl.constexpr, GROUP: tl.constexpr, BLOCK_K: tl.constexpr,
+    EVEN: tl.constexpr,
+):  # fmt: skip
+    """uint32 (BLOCK_O, BLOCK_K / GROUP): GROUP bits each, from column ``first`` on; 0 past in_features.
+
+    Every group loads the whole integer it lies in: a group of its own load lies in the thread that holds its values,
+    and 32 bits are the least that is copied asynchronously. Cutting up one wide load costs a dozen barriers.
+    """
+    EACH: tl.constexpr = MASK // GROUP
+    group = tl.arange(0, BLOCK_K // GROUP)[None, :]
+    place = first // MASK + group // EACH
+    bits = _load(bitmask + rows[:, None] * (stride // (MASK // 8)) + place, first + group * GROUP < in_features, EVEN)
+    bits = bits.to(tl.uint32)
+    if EACH > 1:
+        bits = (bits >> (group % EACH * GROUP).to(tl.uint32)) & ((1 << GROUP) - 1)
+    return bits
+
+
+@triton.jit
+def _permuted_pair(word, selectors_even, selectors_odd, GROUP: tl.constexpr):
+    """Two neighbouring columns of the GROUP-th of four groups, as one word."""
+    zeros = tl.zeros(word.shape, tl.int32)
+    selector = _byte_permute(selectors_even, selectors_odd, zeros + (GROUP | ((4 + GROUP) << 4)))
+    return _byte_permute(word, zeros, selector)
+
+
+@triton.jit
+def _expand_permuted(
+    values, bitmask, rows, kept, stride, first, in_features,
+    MASK: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """uint16 (BLOCK_O, BLOCK_K) of 2:4, four groups to a unit."""
+    UNITS: tl.constexpr = BLOCK_K // 16
+    bits = _load_bits(bitmask, rows, stride, first, in_features, MASK, 16, BLOCK_K, EVEN).to(tl.int32)
+    group = first // 4 + tl.arange(0, BLOCK_K // 4)[None, :]
+    words = _load(values + rows[:, None] * (kept // 2) + group, group * 4 < in_features, EVEN)
+    w02, w13 = tl.split(tl.reshape(words, [BLOCK_O, UNITS, 2, 2]))
+    w0, w2 = tl.split(w02)
+    w1, w3 = tl.split(w13)
+    # Where the two bytes of a column come from, by the low three bits of its group's mask: 0x10 is the first value,
+    # 0x32 the second, 0x44 zeros. 0 is a group outside the weight, 7 no 2:4.
+    which = bits & 0x7777
+    zeros = tl.zeros(bits.shape, tl.int32)
+    s0 = _byte_permute(zeros + 0x10441044, zeros + 0x44441044, which)
+    s1 = _byte_permute(zeros + 0x32104444, zeros + 0x44104444, which)
+    s2 = _byte_permute(zeros + 0x44444444, zeros + 0x44323210, which)
+    s3 = _byte_permute(zeros + 0x44323244, zeros + 0x44444432, which)
+    p0 = tl.join(_permuted_pair(w0, s0, s1, 0), _permuted_pair(w0, s2, s3, 0))
+    p1 = tl.join(_permuted_pair(w1, s0, s1, 1), _permuted_pair(w1, s2, s3, 1))
+    p2 = tl.join(_permuted_pair(w2, s0, s1, 2), _permuted_pair(w2, s2, s3, 2))
+    p3 = tl.join(_permuted_pair(w3, s0, s1, 3), _permuted_pair(w3, s2, s3, 3))
+    # The axes after UNITS: pair of the group, group / 2, group % 2.
+    pairs = tl.permute(tl.join(tl.join(p0, p2), tl.join(p1, p3)), [0, 1, 3, 4, 2])
+    pairs = tl.reshape(pairs, [BLOCK_O, BLOCK_K // 2])
+    return tl.reshape(tl.join(pairs.to(tl.uint16), (pairs >> 16).to(tl.uint16)), [BLOCK_O, BLOCK_K])
+
+
+@triton.jit
+def expand_tile(
+    values, bitmask, rows, kept, stride, first, in_features,
+    N: tl.constexpr, M: tl.constexpr, DTYPE: tl.constexpr, EXPAND: tl.constexpr, MASK: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """The dense tile (BLOCK_O, BLOCK_K) of dtype DTYPE from column ``first``, a multiple of BLOCK_K.
+
+    Args:
+        values: points to the kept values: to DTYPE if they are gathered, to integers of a whole group otherwise.
+        bitmask: points to unsigned integers of MASK bits; MASK is 8, 16 or 32 and at least M.
+        rows: int64 (BLOCK_O,), all of them rows of the weight.
+        kept, stride: values and bytes of mask in a row.
+        in_features: columns past it give zeros; EVEN says that there are none.
+    """
+    if EXPAND == PERMUTE:
+        tile = _expand_permuted(values, bitmask, rows, kept, stride, first, in_features, MASK, BLOCK_O, BLOCK_K, EVEN)
+        tile = tile.to(DTYPE, bitcast=True)
+    else:
+        bits = _load_bits(bitmask, rows, stride, first, in_features, MASK, M, BLOCK_K, EVEN)
+        r0 = _ranks_of_byte(bits & 0xFF)
+        r1 = r0
+        r2 = r0
+        r3 = r0
+        if M >= 16:
+            r1 = _ranks_of_byte((bits >> 8) & 0xFF)
+        if M == 32:
+            r2 = _ranks_of_byte((bits >> 16) & 0xFF)
+            r3 = _ranks_of_byte(bits >> 24)
+        group = first // M + tl.arange(0, BLOCK_K // M)[None, :]
+        if EXPAND == GATHER:
+            source = values + rows[:, None] * kept + group * N
+            tile = _planes(source, bits, r0, r1, r2, r3, 0, 1, M, 0, EXPAND)
+            tile = tl.reshape(tile, [BLOCK_O, BLOCK_K])
+        else:
+            source = _load(values + rows[:, None] * (kept // N) + group, group * M < in_features, EVEN)
+            tile = _planes(source, bits, r0, r1, r2, r3, 0, 1, M, DTYPE.primitive_bitwidth, EXPAND)
+            tile = tl.reshape(tile, [BLOCK_O, BLOCK_K]).to(DTYPE, bitcast=True)
+    return tile

@@ -1,0 +1,268 @@
+"""The choice of kernels on a GPU, with a GPU that is only described and times that are made up; and its metadata."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch.sparse._semi_structured_conversions import (
+    sparse_semi_structured_from_dense_cutlass,
+    sparse_semi_structured_to_dense_cutlass,
+)
+
+from maskpro_kernels import NMPattern, UnsupportedKernelError, pack, to_int8, unpack
+from maskpro_kernels.cuda import Device, dispatch, semi_structured
+from maskpro_kernels.cuda.dispatch import Dispatcher, Metadata, Operands
+from maskpro_kernels.cuda.plans import Plan, PlanTable, Problem, bucket, buckets
+from maskpro_kernels.reference import nm_linear_reference
+from maskpro_kernels.support import candidates
+from maskpro_kernels.triton.tile import Tile
+
+HOPPER = Device("NVIDIA H100 80GB HBM3", (9, 0), 132)
+TURING = Device("NVIDIA T4", (7, 5), 40)
+TWO_OF_FOUR = NMPattern(2, 4)
+BF16 = torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def _every_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine that has Triton and cuSPARSELt; and no kernel asked for."""
+    monkeypatch.delenv("MASKPRO_KERNEL", raising=False)
+    monkeypatch.setattr("maskpro_kernels.support.find_spec", lambda name: name)
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
+    candidates.__globals__["_candidates"].cache_clear()
+
+
+def operands(tokens: int, pattern: NMPattern = TWO_OF_FOUR, dtype: torch.dtype = BF16, rows: int = 64) -> Operands:
+    """A product of a weight whose metadata is there, if it has any."""
+    weight = pack(torch.randn(rows, 128).bfloat16(), pattern)
+    weight = to_int8(weight) if dtype == torch.int8 else weight
+    there = Metadata(torch.zeros(1), torch.zeros(1)) if pattern == TWO_OF_FOUR else Metadata()
+    x = torch.empty((tokens, 128), dtype=BF16)
+    return Operands(x, weight.values, weight.bitmask, weight.scale, None, pattern, there)
+
+
+class FakeGPU:
+    """Runs every plan on the reference, and has its times from a table."""
+
+    def __init__(self, monkeypatch, times: dict[str, float], faults: dict[str, object] | None = None) -> None:
+        self.times, self.faults = times, faults or {}
+        self.ran: Counter[str] = Counter()
+        self.last = ""
+        monkeypatch.setattr(dispatch, "run", self.run)
+
+    def run(self, plan: Plan, o: Operands) -> torch.Tensor:
+        self.last = plan.backend
+        self.ran[plan.backend] += 1
+        fault = self.faults.get(plan.backend)
+        if isinstance(fault, Exception):
+            raise fault
+        y = nm_linear_reference(o.x, o.values, o.bitmask, o.scale, o.bias)
+        return y.roll(1, 1) if fault == "wrong" else y
+
+    def measure(self, run) -> float:
+        run()
+        return self.times[self.last]
+
+
+TIMES = {"triton": 10.0, "expand": 30.0, "cutlass": 20.0, "cusparselt": 8.0}
+
+
+def test_the_fastest_is_chosen_and_measured_once(monkeypatch, tmp_path):
+    gpu = FakeGPU(monkeypatch, TIMES)
+    choices = Dispatcher(HOPPER, PlanTable(HOPPER, tmp_path), gpu.measure)
+    assert choices.plan(operands(5)).backend == "cusparselt"
+    assert set(gpu.ran) == {"triton", "expand", "cutlass", "cusparselt"}
+    before = gpu.ran.total()
+    assert choices.plan(operands(16)).backend == "cusparselt"  # the same bucket
+    assert gpu.ran.total() == before
+    again = Dispatcher(HOPPER, PlanTable(HOPPER, tmp_path), gpu.measure)  # another process
+    assert again.plan(operands(1)).backend == "cusparselt"
+    assert gpu.ran.total() == before
+    choices.plan(operands(17))
+    assert gpu.ran.total() > before  # the next bucket
+
+
+def test_thresholds_follow_the_times(monkeypatch, tmp_path):
+    gpu = FakeGPU(monkeypatch, dict(TIMES))
+    choices = Dispatcher(HOPPER, PlanTable(HOPPER, tmp_path), gpu.measure)
+    found = {}
+    for tokens, triton in ((16, 5.0), (64, 7.0), (256, 9.0), (1024, 40.0)):
+        gpu.times["triton"] = triton
+        found[tokens] = choices.plan(operands(tokens)).backend
+    assert found == {16: "triton", 64: "triton", 256: "cusparselt", 1024: "cusparselt"}
+    tile = choices.plan(operands(16)).tile
+    assert isinstance(tile, Tile)
+
+
+def test_what_cannot_take_a_problem_does_not_compete(monkeypatch, tmp_path):
+    def backends(o: Operands) -> set[str]:
+        gpu = FakeGPU(monkeypatch, TIMES)
+        Dispatcher(HOPPER, PlanTable(HOPPER, tmp_path), gpu.measure).plan(o)
+        return set(gpu.ran)
+
+    dense = {"triton", "expand"}
+    assert backends(operands(3, NMPattern(4, 8))) == dense
+    assert backends(operands(3, dtype=torch.int8)) == dense
+    assert backends(operands(3, rows=48)) == {*dense, "cusparselt"}  # CUTLASS takes 32 rows
+    assert backends(operands(3, rows=50)) == dense
+    bare = operands(100)
+    assert backends(Operands(bare.x, bare.values, bare.bitmask, None, None, TWO_OF_FOUR)) == dense  # never prepared
+
+
+def test_a_wrong_or_failing_kernel_is_left_out_and_said(monkeypatch, tmp_path, caplog):
+    faults = {"cusparselt": "wrong", "cutlass": RuntimeError("no kernel image")}
+    gpu = FakeGPU(monkeypatch, TIMES, faults)
+    table = PlanTable(HOPPER, tmp_path)
+    with caplog.at_level(logging.WARNING):
+        assert Dispatcher(HOPPER, table, gpu.measure).plan(operands(3)).backend == "triton"
+    assert "cusparselt" in caplog.text
+    assert "gives a wrong result and is left out" in caplog.text
+    assert "cannot run: no kernel image" in caplog.text
+    again = FakeGPU(monkeypatch, TIMES)
+    fresh = Dispatcher(HOPPER, PlanTable(HOPPER, tmp_path), again.measure)
+    assert fresh.plan(operands(3)).backend == "triton"  # remembered, as failed
+    assert not again.ran
+    broken = FakeGPU(monkeypatch, TIMES, dict.fromkeys(TIMES, "wrong"))
+    with pytest.raises(RuntimeError, match=r"2:4 bfloat16 bfloat16 64x128 32: no kernel gives a right result on N"):
+        Dispatcher(HOPPER, PlanTable(HOPPER, tmp_path / "other"), broken.measure).plan(operands(20))
+
+
+def test_maskpro_kernel_forces(monkeypatch, tmp_path):
+    gpu = FakeGPU(monkeypatch, TIMES)
+    choices = Dispatcher(HOPPER, PlanTable(HOPPER, tmp_path), gpu.measure)
+    for name in ("triton", "expand", "cutlass"):
+        monkeypatch.setenv("MASKPRO_KERNEL", name)
+        assert choices.plan(operands(3)).backend == name
+    monkeypatch.setenv("MASKPRO_KERNEL", "reference")
+    assert choices.plan(operands(3)) == Plan("reference")
+    monkeypatch.setenv("MASKPRO_KERNEL", "cutlass")
+    with pytest.raises(UnsupportedKernelError, match="cutlass: covers 2:4 only"):
+        choices.plan(operands(3, NMPattern(4, 8)))
+    bare = operands(3)
+    with pytest.raises(ValueError, match=r"64x128.*do not cover this shape, or need a weight that .*prepare\(\)"):
+        choices.plan(Operands(bare.x, bare.values, bare.bitmask, None, None, TWO_OF_FOUR))
+    monkeypatch.setenv("MASKPRO_KERNEL", "auto")
+    old = Dispatcher(TURING, PlanTable(TURING, tmp_path), gpu.measure)
+    with pytest.raises(UnsupportedKernelError, match=r"triton: needs compute capability 8\.0, found 7\.5"):
+        old.plan(operands(3))
+
+
+def test_nothing_is_measured_during_a_capture(monkeypatch, tmp_path, caplog):
+    gpu = FakeGPU(monkeypatch, TIMES)
+    choices = Dispatcher(HOPPER, PlanTable(HOPPER, tmp_path), gpu.measure)
+    monkeypatch.setattr(dispatch, "_capturing", lambda: True)
+    with caplog.at_level(logging.WARNING):
+        plans = [choices.plan(operands(3)) for _ in range(2)]
+    assert plans[0].backend == "triton"
+    assert plans[0].tile is not None
+    assert not gpu.ran
+    assert caplog.text.count("nothing was measured before this CUDA graph was captured") == 1
+    monkeypatch.setattr(dispatch, "_capturing", lambda: False)
+    assert choices.plan(operands(3)).backend == "cusparselt"
+    monkeypatch.setattr(dispatch, "_capturing", lambda: True)
+    assert choices.plan(operands(4)).backend == "cusparselt"
+
+
+def test_buckets():
+    assert [bucket(tokens) for tokens in (1, 16, 17, 64, 65, 5000, 100_000)] == [16, 16, 32, 64, 128, 8192, 8192]
+    assert buckets(100) == [16, 32, 64, 128]
+    assert buckets(1) == [16]
+
+
+def test_the_file_is_of_one_device_and_version_and_outlives_bad_bytes(tmp_path, caplog):
+    problem = Problem(TWO_OF_FOUR, BF16, BF16, 64, 128, 16)
+    plans = [Plan("triton", Tile(64, 128, 16, 4), 3.5), Plan("cutlass", None, float("inf"))]
+    table = PlanTable(HOPPER, tmp_path)
+    table.add(problem, plans)
+    assert PlanTable(HOPPER, tmp_path).of(problem) == {plan.backend: plan for plan in plans}
+    stored = json.loads(table.path.read_text())
+    assert stored["device"] == HOPPER.name
+    assert stored["torch"] == torch.__version__
+    assert PlanTable(TURING, tmp_path).of(problem) == {}
+    for bad in (b"{", b"[]", b'{"plans": {"x": {"triton": {"tile": 3, "microseconds": 1.0}}}}', b"\xff"):
+        table.path.write_bytes(bad)
+        with caplog.at_level(logging.WARNING):
+            assert PlanTable(HOPPER, tmp_path).of(problem) == {}
+        assert "kernel times are not readable" in caplog.text
+        caplog.clear()
+    fresh = PlanTable(HOPPER, tmp_path)
+    fresh.add(problem, plans)
+    assert PlanTable(HOPPER, tmp_path).of(problem)["triton"].microseconds == 3.5
+
+
+def test_processes_that_tune_together_lose_nothing(tmp_path):
+    problems = [Problem(TWO_OF_FOUR, BF16, BF16, 64, 128, 16 << i) for i in range(8)]
+
+    def tune(problem: Problem) -> None:
+        PlanTable(HOPPER, tmp_path).add(problem, [Plan("triton", Tile(64, 128, 16), 1.0)])
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(tune, problems))
+    table = PlanTable(HOPPER, tmp_path)
+    assert all(table.of(problem) for problem in problems)
+
+
+def test_an_unwritable_folder_costs_the_file_only(tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    table = PlanTable(HOPPER, tmp_path / "file" / "folder")
+    problem = Problem(TWO_OF_FOUR, BF16, BF16, 64, 128, 16)
+    with caplog.at_level(logging.WARNING):
+        table.add(problem, [Plan("triton", Tile(64, 128, 16), 1.0)])
+    assert table.of(problem)["triton"].microseconds == 1.0
+    assert "kernel times are not kept" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(32, 64), (64, 192), (160, 1024)], ids=str)
+def test_cutlass_metadata_is_that_of_torch(shape, dtype):
+    """Values as they are stored and our metadata are what torch makes of the dense weight, and give it back."""
+    weight = pack(torch.randn(shape).to(dtype), TWO_OF_FOUR)
+    values, metadata = sparse_semi_structured_from_dense_cutlass(unpack(weight))
+    assert torch.equal(weight.values, values)
+    found = semi_structured.cutlass_metadata(weight.bitmask)
+    assert torch.equal(found, metadata)
+    assert found.nbytes == weight.bitmask.nbytes
+    assert torch.equal(sparse_semi_structured_to_dense_cutlass(weight.values, found), unpack(weight))
+
+
+def test_cutlass_metadata_of_a_weight_that_keeps_zeros():
+    """Made from the bitmask, not from the values: torch's would move a kept zero."""
+    dense = torch.randn(32, 64).bfloat16() * (torch.rand(32, 64) < 0.2)
+    weight = pack(dense, TWO_OF_FOUR)
+    metadata = semi_structured.cutlass_metadata(weight.bitmask)
+    assert torch.equal(sparse_semi_structured_to_dense_cutlass(weight.values, metadata), unpack(weight))
+
+
+needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
+
+
+class TestOnAGpu:
+    pytestmark = needs_gpu
+
+    @pytest.mark.parametrize("backend", ["triton", "expand", "cutlass", "cusparselt"])
+    @pytest.mark.parametrize("tokens", [1, 7, 64, 513])
+    @pytest.mark.parametrize("with_bias", [False, True])
+    def test_every_backend_is_right(self, backend, tokens, with_bias, monkeypatch, tmp_path):
+        from maskpro_kernels import nm_linear
+        from maskpro_kernels.cuda import prepare
+
+        monkeypatch.undo()
+        monkeypatch.setenv("MASKPRO_CACHE", str(tmp_path))
+        monkeypatch.setenv("MASKPRO_KERNEL", backend)
+        dispatch.dispatcher.cache_clear()
+        dense = torch.randn((256, 512), device="cuda").bfloat16()
+        dense[:, ::3] = 0  # groups that keep zeros
+        prepared = prepare(pack(dense, TWO_OF_FOUR), BF16, tokens)
+        assert prepared.backends == (backend,)
+        x = torch.randn((tokens, 512), device="cuda").bfloat16()
+        bias = torch.randn(256, device="cuda").bfloat16() if with_bias else None
+        y = nm_linear(x, prepared.weight, bias)
+        expected = torch.nn.functional.linear(
+            x.float(), unpack(prepared.weight).float(), bias if bias is None else bias.float()
+        )
+        assert (y.float() - expected).norm() <= 2**-8 * expected.norm()

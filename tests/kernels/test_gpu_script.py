@@ -1,0 +1,54 @@
+"""`make gpu`: what it says without a GPU, and that a run which was cut goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+MACHINE = {
+    "gpu": "A GPU", "capability": "9.0", "memory": 1 << 36, "driver_cuda": "13.0", "torch": "2.11.0",
+    "triton": "3.6.0", "python": "3.12.1",
+}  # fmt: skip
+
+
+@pytest.fixture
+def rows(repository: Path, monkeypatch: pytest.MonkeyPatch):
+    """The module scripts/gpu/rows.py."""
+    monkeypatch.syspath_prepend(repository / "scripts" / "gpu")
+    import rows
+
+    return rows
+
+
+def test_without_a_gpu_one_sentence(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    script = repository / "scripts" / "gpu" / "run.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("There is no CUDA GPU that torch ")
+    assert done.stdout.count("\n") == 1
+
+
+def test_a_cut_run_goes_on(rows, tmp_path: Path) -> None:
+    machine, path = rows.Machine(**MACHINE), tmp_path / "gpu_kernels.json"
+    late = time.monotonic() + 60
+    first = rows.Rows(path, machine, late)
+    first.row("a", lambda: {"us": 12.345, "backend": "triton"})
+    with pytest.raises(rows.OutOfTimeError, match=r"gpu_kernels\.json: b"):
+        first.row("b", dict, needs=61)
+    with pytest.raises(ZeroDivisionError):
+        first.row("b", lambda: {"us": 1 / 0})
+    again = rows.Rows(path, machine, late)
+    again.row("a", lambda: pytest.fail("measured twice"))
+    again.row("b", lambda: {"us": 2.0, "backend": "expand"})
+    assert list(json.loads(path.read_text())["rows"]) == ["a", "b"]
+    assert rows.table(again.rows, "kernels").splitlines()[1:] == [
+        "| kernels | us | backend |", "|---|---|---|", "| a | 12.3 | triton |", "| b | 2 | expand |"
+    ]  # fmt: skip
+    other = rows.Rows(path, rows.Machine(**MACHINE | {"gpu": "Another"}), late)
+    assert not other.rows

@@ -1,0 +1,38 @@
+"""What Triton's interpreter lacks of a GPU for our kernels; used by programs that chose it before importing Triton."""
+
+from __future__ import annotations
+
+import numpy as np
+import triton
+import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+
+@triton.jit
+def byte_permute(low, high, selector):
+    """The PRMT instruction (PTX ISA, prmt.b32, default mode), which the interpreter cannot call."""
+    result = tl.zeros(selector.shape, tl.uint32)
+    for i in tl.static_range(4):
+        byte = (selector.to(tl.uint32) >> (4 * i)) & 7
+        word = tl.where(byte < 4, low.to(tl.uint32), high.to(tl.uint32))
+        result |= ((word >> (8 * (byte & 3))) & 0xFF) << (8 * i)
+    return result.to(tl.int32)
+
+
+def _as_float(handle: TensorHandle) -> np.ndarray:
+    if handle.dtype.scalar == tl.bfloat16:  # the interpreter keeps its bits in uint16
+        return (handle.data.astype(np.uint32) << 16).view(np.float32)
+    return handle.data.astype(np.float32)
+
+
+def _dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+    """A product in float32; the interpreter's own takes the bits of bfloat16 for integers."""
+    return TensorHandle(_as_float(a) @ _as_float(b) + d.data, d.dtype.scalar)
+
+
+def complete() -> None:
+    """Completes the interpreter, and gives it our byte permutation."""
+    from maskpro_kernels.triton import expand
+
+    InterpreterBuilder.create_dot = _dot
+    expand._byte_permute = byte_permute
