@@ -79,7 +79,7 @@ class RequestLog:
 
     def __init__(self, app: App) -> None:
         self._app = app
-        self._logger = _open_log()
+        self._logger = open_log()
         for outcome in _OUTCOMES:
             REQUESTS.labels(outcome)
 
@@ -143,7 +143,12 @@ def _with_id(scope: Scope) -> tuple[Scope, bytes]:
     return {**scope, "headers": [*headers, (_HEADER, identifier)]}, identifier
 
 
-def _open_log() -> logging.Logger:
+def open_log() -> logging.Logger:
+    """The logger of finished requests, with its handler.
+
+    Raises:
+        ValueError: the file that MASKPRO_REQUEST_LOG names cannot be written.
+    """
     logger = logging.getLogger("maskpro.requests")
     logger.propagate = False
     logger.setLevel(logging.INFO)
@@ -153,7 +158,10 @@ def _open_log() -> logging.Logger:
         if target == "off":
             handler = logging.NullHandler()
         elif target:
-            handler = WatchedFileHandler(target)
+            try:
+                handler = WatchedFileHandler(target)
+            except OSError as error:
+                raise ValueError(f"{FILE_VARIABLE}={target}: {error.strerror}") from error
         else:
             # A stream of its own: vLLM may put a prefix before what sys.stdout writes.
             handler = logging.StreamHandler(os.fdopen(os.dup(1), "w", buffering=1))

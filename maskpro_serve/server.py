@@ -28,17 +28,31 @@ def main(argv: Sequence[str]) -> int:
         argv: the arguments of ``vllm serve``.
 
     Returns:
-        0 if a signal asked it to stop, 1 if it stopped by itself: the engine has died.
+        0 if a signal asked it to stop, 1 if it stopped by itself: the engine has died. 2: a variable is wrong.
     """
     with tempfile.TemporaryDirectory(prefix="maskpro-metrics-") as folder:
         # Layers load in worker processes; prometheus-client carries their metrics to /metrics through this
         # folder, and reads the variable when it is first imported.
         os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", folder)
+        try:
+            _check_environment()
+        except ValueError as error:
+            print(f"maskpro-serve: {error}", file=sys.stderr)
+            return 2
         _serve(argv)
     if PROCESS.started and not PROCESS.stopping:
         print("maskpro-serve: the engine died, see the log above; exit code 1", file=sys.stderr)
         return 1
     return 0
+
+
+def _check_environment() -> None:
+    """Now, in a sentence, rather than in another process or after the model has loaded."""
+    from maskpro_serve.metrics import sampling_period
+    from maskpro_serve.request_log import open_log
+
+    sampling_period()
+    open_log()
 
 
 def _serve(argv: Sequence[str]) -> None:

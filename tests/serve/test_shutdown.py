@@ -42,7 +42,7 @@ def test_loads_serves_and_drains(tiny, tmp_path):
         assert answers(server.url, "/health") == 200
 
         # SIGTERM while more run than fit: those that wait finish as well.
-        load = Load(server.url, 2 * SEQUENCES, 600)
+        load = Load(server.url, 2 * SEQUENCES, 300)
         busy = "vllm:num_requests_running", "vllm:num_requests_waiting"
         wait_until(lambda: sum(sample(server.get("/metrics"), name) for name in busy) == 2 * SEQUENCES)
         server.send_signal(signal.SIGTERM)
@@ -53,7 +53,7 @@ def test_loads_serves_and_drains(tiny, tmp_path):
         assert late.headers["connection"] == "close"
         assert answers(server.url, "/health") == 200  # the engine lives: a liveness probe must not kill it now
         endings = load.endings()
-        assert [(ending.status, ending.tokens, ending.error) for ending in endings] == [(200, 600, "")] * len(endings)
+        assert [(ending.status, ending.tokens, ending.error) for ending in endings] == [(200, 300, "")] * len(endings)
         assert server.wait(60) == 0
     finally:
         server.stop()
