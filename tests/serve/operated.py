@@ -83,12 +83,12 @@ def _events(response: httpx.Response) -> Iterator[dict[str, Any]]:
 
 
 class Load:
-    """Completions under way in threads, every third one not streamed."""
+    """Completions under way in threads, every second one not streamed."""
 
     def __init__(self, url: str, requests: int, tokens: int, **headers: str) -> None:
         self._pool = ThreadPoolExecutor(requests)
         self.futures: list[Future[Ending]] = [
-            self._pool.submit(complete, url, tokens, stream=index % 3 != 2, **headers) for index in range(requests)
+            self._pool.submit(complete, url, tokens, stream=index % 2 == 0, **headers) for index in range(requests)
         ]
 
     def endings(self) -> list[Ending]:
