@@ -113,7 +113,7 @@ class RequestLog:
             self._log(scope, identifier.decode(), answer, start)
 
     def _log(self, scope: Scope, identifier: str, answer: _Answer, start: float) -> None:
-        probe = scope["path"] in _PROBES
+        probe = scope["path"].removeprefix(scope.get("root_path", "")) in _PROBES
         if not probe:
             REQUESTS.labels(answer.outcome).inc()
         if probe and answer.status < 400:
