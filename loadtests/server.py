@@ -77,6 +77,27 @@ class Server:
                 time.sleep(0.25)
         raise ServerError(f"server not ready after {seconds} s:\n{self._log_tail()}")
 
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def exit_code(self) -> int | None:
+        """How it ended, or None while it runs."""
+        assert self._process is not None
+        return self._process.poll()
+
+    def send_signal(self, number: int) -> None:
+        """Sends a signal to the process, not to its group."""
+        os.kill(self.pid, number)
+
+    def wait(self, seconds: float) -> int:
+        """Its exit code, once it has ended by itself."""
+        assert self._process is not None
+        return self._process.wait(timeout=seconds)
+
     def stop(self) -> int:
         """Asks it to end, then makes its whole process group end; returns its exit code."""
         assert self._process is not None

@@ -28,7 +28,9 @@ Serve an (N:M)-sparse model behind vLLM's OpenAI-compatible endpoint, on port 80
                   DIR or HUB_ID   any model vLLM serves; packed checkpoints run on sparse kernels
   --help=all      vLLM's own flags; all of them pass through
 
-Environment: MASKPRO_KERNEL=auto|cpu|reference|... picks the kernels, MASKPRO_CACHE the folder of built models.
+Environment: MASKPRO_KERNEL=auto|cpu|reference|... picks the kernels, MASKPRO_CACHE the folder of built models,
+MASKPRO_REQUEST_LOG=FILE|off where finished requests are logged, MASKPRO_KERNEL_SAMPLING=N one kernel call in how many
+is timed (0: none).
 """
 
 

@@ -1,20 +1,28 @@
 """Our Prometheus metrics, beside vLLM's on /metrics.
 
-Layers load in vLLM's worker processes while /metrics is answered by the API server, so the gauges travel
+Layers load and kernels run in vLLM's worker processes while /metrics is answered by the API server, so they travel
 through prometheus-client's multiprocess mode; ``maskpro-serve`` sets its folder.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from dataclasses import dataclass, field
+import os
+from collections import Counter as Count
+from dataclasses import asdict, dataclass, field
 
-from prometheus_client import Gauge
+import torch
+from prometheus_client import Counter, Gauge, Histogram
 
 from maskpro_kernels import NMPattern
+from maskpro_kernels.call_timer import observe_calls
+from maskpro_kernels.interleaved import DENSE
 
 logger = logging.getLogger("vllm.maskpro")  # under vLLM's logger, so its handler and level apply
+
+SAMPLING_VARIABLE = "MASKPRO_KERNEL_SAMPLING"
+"""One kernel call in this many is timed; 0 times none."""
+_SAMPLING = 127  # prime: walks over all layers; about one sample a step of a model of 30 layers
 
 LINEAR_LAYERS = Gauge(
     "maskpro_linear_layers",
@@ -28,6 +36,76 @@ WEIGHT_BYTES = Gauge(
     ["kind"],
     multiprocess_mode="sum",
 )
+KERNEL_THREADS = Gauge(
+    "maskpro_kernel_threads", "Threads of the CPU kernels, summed over worker processes.", multiprocess_mode="sum"
+)
+KERNEL_SECONDS = Histogram(
+    "maskpro_kernel_seconds",
+    f"Time of sampled calls of a linear layer's CPU kernel, one call in {_SAMPLING} ({SAMPLING_VARIABLE}).",
+    ["backend", "pattern", "tokens"],
+    buckets=[1e-5 * 2**power for power in range(15)],  # 10 microseconds to 164 ms
+)
+KERNEL_BYTES = Counter(
+    "maskpro_kernel_weight_bytes",
+    "Bytes of weight read by the calls that maskpro_kernel_seconds timed: their quotient is the bandwidth reached.",
+    ["backend", "pattern", "tokens"],
+)
+MODEL_INFO = Gauge(
+    "maskpro_model_info",
+    "1; what is served, in the labels.",
+    ["model", "pattern", "values", "activations", "maskpro_version", "vllm_version", "torch_version"],
+    multiprocess_mode="max",
+)
+REQUESTS = Counter(
+    "maskpro_requests",
+    "Finished requests: completed; rejected (4xx, or refused while stopping); failed (5xx, or an error within a "
+    "stream); disconnected (the client left).",
+    ["outcome"],
+)
+
+_TOKEN_RANGES = ((1, "1"), (8, "2-8"), (32, "9-32"), (128, "33-128"))
+
+
+def token_range(tokens: int) -> str:
+    """The label of a number of tokens."""
+    return next((label for most, label in _TOKEN_RANGES if tokens <= most), "129+")
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """The labels of ``maskpro_model_info``: no paths. Unpruned models have pattern ``dense``."""
+
+    model: str
+    pattern: str
+    values: str
+    activations: str
+    maskpro_version: str
+    vllm_version: str
+    torch_version: str
+
+    def publish(self) -> None:
+        MODEL_INFO.labels(**asdict(self)).set(1)
+
+
+def sampling_period() -> int:
+    """One call in this many is timed, 0 for none.
+
+    Raises:
+        ValueError: the environment variable is no whole number >= 0.
+    """
+    text = os.environ.get(SAMPLING_VARIABLE) or str(_SAMPLING)
+    if not text.isdecimal():
+        raise ValueError(
+            f"{SAMPLING_VARIABLE}={text!r}: expected a whole number, one call in so many is timed; 0: none"
+        )
+    return int(text)
+
+
+def observe_kernel(backend: str, pattern: NMPattern, tokens: int, weight_bytes: int, seconds: float) -> None:
+    """Records one timed kernel call; 10 microseconds, in multiprocess mode."""
+    labels = (backend, "dense" if pattern == DENSE else str(pattern), token_range(tokens))
+    KERNEL_SECONDS.labels(*labels).observe(seconds)
+    KERNEL_BYTES.labels(*labels).inc(weight_bytes)
 
 
 @dataclass
@@ -36,7 +114,7 @@ class LayerTally:
 
     pattern: NMPattern
     _waiting: int = 0
-    _backends: Counter[str] = field(default_factory=Counter)
+    _backends: Count[str] = field(default_factory=Count)
     _packed_bytes: int = 0
     _dense_bytes: int = 0
 
@@ -57,11 +135,17 @@ class LayerTally:
             self._report()
 
     def _report(self) -> None:
+        threads = torch.get_num_threads()
+        KERNEL_THREADS.set(threads)
+        if period := sampling_period():
+            observe_calls(observe_kernel, period)
         layers = ", ".join(f"{count} on {backend}" for backend, count in sorted(self._backends.items()))
         logger.info(
-            "maskpro: %s linear layers: %s; %.1f MB packed, %.4f of their dense bytes",
+            "maskpro: %s linear layers: %s; %.1f MB packed, %.4f of their dense bytes; %d thread%s",
             self.pattern,
             layers,
             self._packed_bytes / 1e6,
             self._packed_bytes / self._dense_bytes,
+            threads,
+            "" if threads == 1 else "s",
         )

@@ -6,23 +6,53 @@ vllm. So its ``serve`` subcommand is called from here.
 
 from __future__ import annotations
 
+import argparse
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
 
+from maskpro_serve.lifecycle import PROCESS
+from maskpro_serve.loading import LoadingServer
 
-def main(argv: Sequence[str]) -> None:
+SHUTDOWN_TIMEOUT_S = 30
+"""Seconds that requests under way get after SIGTERM (``--shutdown-timeout``); Kubernetes kills after as many."""
+_MIDDLEWARE = ["maskpro_serve.lifecycle.Lifecycle", "maskpro_serve.request_log.RequestLog"]  # the last is outermost
+
+
+def main(argv: Sequence[str]) -> int:
     """Serves until stopped.
 
     Args:
         argv: the arguments of ``vllm serve``.
+
+    Returns:
+        0 if a signal asked it to stop, 1 if it stopped by itself: the engine has died. 2: a variable is wrong.
     """
     with tempfile.TemporaryDirectory(prefix="maskpro-metrics-") as folder:
-        # Layers load in worker processes; prometheus-client carries their gauges to /metrics through this
+        # Layers load in worker processes; prometheus-client carries their metrics to /metrics through this
         # folder, and reads the variable when it is first imported.
         os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", folder)
+        try:
+            _check_environment()
+        except ValueError as error:
+            print(f"maskpro-serve: {error}", file=sys.stderr)
+            return 2
         _serve(argv)
+    if PROCESS.started and not PROCESS.stopping:
+        print("maskpro-serve: the engine died, see the log above; exit code 1", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _check_environment() -> None:
+    """Now, in a sentence, rather than in another process or after the model has loaded."""
+    from maskpro_serve.metrics import sampling_period
+    from maskpro_serve.request_log import open_log
+
+    sampling_period()
+    open_log()
 
 
 def _serve(argv: Sequence[str]) -> None:
@@ -31,11 +61,49 @@ def _serve(argv: Sequence[str]) -> None:
 
     command = ServeSubcommand()
     parser = FlexibleArgumentParser(prog="maskpro-serve")
-    command.subparser_init(parser.add_subparsers(required=True))
+    serve = command.subparser_init(parser.add_subparsers(required=True))
+    # Our request log replaces uvicorn's, which writes query strings.
+    serve.set_defaults(middleware=_MIDDLEWARE, shutdown_timeout=SHUTDOWN_TIMEOUT_S, disable_uvicorn_access_log=True)
     arguments = parser.parse_args(["serve", *argv])
     command.validate(arguments)
-    command.cmd(arguments)
+    if _in_this_process(arguments):
+        _serve_here(arguments)
+    else:
+        command.cmd(arguments)
+
+
+def _in_this_process(arguments: argparse.Namespace) -> bool:
+    """Whether the API server is one process, with plain HTTP: only then is there one socket to answer on meanwhile."""
+    several = arguments.data_parallel_size > 1 or (arguments.api_server_count or 1) != 1 or arguments.headless
+    elsewhere = getattr(arguments, "grpc", False) or os.environ.get("VLLM_RUST_FRONTEND_PATH")
+    return not (several or elsewhere or arguments.ssl_keyfile)
+
+
+def _serve_here(arguments: argparse.Namespace) -> None:
+    """What ``vllm serve`` does for one API server, but its socket answers from the start."""
+    import uvloop
+    from vllm.utils.system_utils import decorate_logs
+
+    try:
+        from vllm.entrypoints.launchers.api_server.entry import run_server_worker, setup_server
+    except ImportError:  # its place in older releases
+        from vllm.entrypoints.openai.api_server import run_server_worker, setup_server
+
+    def stop_loading(signum: int, frame: object) -> None:
+        PROCESS.stopping = True
+        raise SystemExit(0)
+
+    arguments.model = arguments.model_tag or arguments.model
+    arguments.api_server_count = None
+    decorate_logs("APIServer", skip_if_decorated=True)
+    signal.signal(signal.SIGTERM, stop_loading)  # until vLLM is ready and installs its own
+    address, listener = setup_server(arguments, reuse_port=False)
+    PROCESS.loading = LoadingServer(listener)
+    try:
+        uvloop.run(run_server_worker(address, listener, arguments))
+    finally:
+        PROCESS.loading.stop()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

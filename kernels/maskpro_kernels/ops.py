@@ -12,13 +12,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from maskpro_kernels import _cpu
+from maskpro_kernels import _cpu, call_timer
 from maskpro_kernels.bits import bitmask_width
 from maskpro_kernels.interleaved import InterleavedWeight, remembered
 from maskpro_kernels.packing import NMWeight
 from maskpro_kernels.pattern import NMPattern
 from maskpro_kernels.reference import nm_linear_reference
-from maskpro_kernels.support import select_backend
+from maskpro_kernels.support import Backend, select_backend
 
 _library = torch.library.Library("maskpro", "DEF")
 _library.define(
@@ -124,7 +124,7 @@ def _forward(
     if backend.isa is None:
         return nm_linear_reference(rows, values, bitmask, scale, bias).reshape(*x.shape[:-1], values.shape[0])
     weight = remembered(values, bitmask, x.shape[-1], pattern)
-    return _native(x, weight, scale, bias, values.shape[0], n, m, values.dtype, backend.isa)
+    return _native(x, weight, scale, bias, values.shape[0], pattern, values.dtype, backend)
 
 
 @functools.cache
@@ -155,7 +155,7 @@ def _forward_interleaved(
     backend = select_backend(pattern, x.dtype, dtype, "cpu")
     if backend.isa is None:
         raise ValueError(f"nm_linear: {backend.name} reads weights as they are stored, not interleaved ones")
-    return _native(x, weight, scale, bias, out_features, n, m, dtype, backend.isa)
+    return _native(x, weight, scale, bias, out_features, pattern, dtype, backend)
 
 
 @functools.cache
@@ -164,14 +164,18 @@ def _interleaved_bytes(in_features: int, out_features: int, n: int, m: int, dtyp
 
 
 def _native(
-    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, out_features: int, n: int, m: int,
-    dtype: torch.dtype, isa: str,
+    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, out_features: int, pattern: NMPattern,
+    dtype: torch.dtype, backend: Backend,
 ) -> Tensor:  # fmt: skip
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    assert backend.isa is not None
+    rows = (x if x.dim() == 2 else x.reshape(-1, x.shape[-1])).contiguous()
+    started = call_timer.start()
     y = _cpu.nm_linear(
-        rows.contiguous(), weight, scale, None if bias is None else bias.contiguous(), out_features, n, m, dtype, isa,
-        torch.get_num_threads(),
+        rows, weight, scale, None if bias is None else bias.contiguous(), out_features, pattern.n, pattern.m, dtype,
+        backend.isa, torch.get_num_threads(),
     )  # fmt: skip
+    if started:
+        call_timer.stop(started, backend.name, pattern, rows.shape[0], weight.nbytes)
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], out_features)
 
 

@@ -74,6 +74,20 @@ def test_serve_refuses_a_damaged_checkpoint(tiny, tmp_path, capsys):
     assert "format_version: expected 1, found 7" in one_sentence(capsys.readouterr(), "maskpro-serve")
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("MASKPRO_KERNEL_SAMPLING", "often", "expected a whole number"),
+        ("MASKPRO_REQUEST_LOG", "/nowhere/log", "No such file or directory"),
+    ],
+)
+def test_serve_refuses_a_wrong_variable(monkeypatch, name, value, message):
+    monkeypatch.setenv(name, value)
+    run = run_python("-m", "maskpro_serve.server", "nowhere")
+    assert run.returncode == 2
+    assert run.stderr.replace("'", "").startswith(f"maskpro-serve: {name}={value}: {message}")
+
+
 def test_serve_needs_a_model(capsys):
     assert main(["--port", "8001"]) == 2
     assert "--model is required" in one_sentence(capsys.readouterr(), "maskpro-serve")

@@ -1,0 +1,111 @@
+"""What timing one kernel call in 127 costs a server: decoding with and without it, in turn, in one process.
+
+    python kernels/bench/sampling_cost.py [--pairs 60] [--tokens 24] [--json FILE]
+
+One vLLM engine on sparse-llama, eager, one sequence. Every pair times the same completion with sampling on and off, the
+order changing from pair to pair, and gives a ratio; the tokens must be equal. Because a shared machine is noisier than
+what is looked for, the parts are timed as well: a call that is not sampled, a sample that is recorded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+import timeit
+from pathlib import Path
+
+os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp()  # as in a server; read when prometheus_client is imported
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+
+from vllm import LLM, SamplingParams
+
+from maskpro_kernels import NMPattern, call_timer
+from maskpro_kernels.call_timer import observe_calls
+from maskpro_serve.metrics import observe_kernel, sampling_period
+from maskpro_serve.models import resolve_model
+
+
+def median_interval(values: list[float], draws: int = 2000) -> list[float]:
+    """95% bootstrap interval of the median."""
+    generator = random.Random(0)
+    medians = sorted(statistics.median(generator.choices(values, k=len(values))) for _ in range(draws))
+    return [medians[int(draws * 0.025)], medians[int(draws * 0.975)]]
+
+
+def per_call(function, number: int) -> float:
+    """Seconds of one call, the best of five."""
+    return min(timeit.repeat(function, number=number, repeat=5)) / number
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=60)
+    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+
+    llm = LLM(
+        model=resolve_model("sparse-llama"), dtype="float32", enforce_eager=True, max_model_len=256, max_num_seqs=1,
+        kv_cache_memory_bytes=100 << 20, enable_prefix_caching=False,
+    )  # fmt: skip
+    sampling = SamplingParams(max_tokens=arguments.tokens, temperature=0, ignore_eos=True)
+    period = sampling_period()
+
+    def decode(sampled: bool) -> tuple[float, list[int]]:
+        observe_calls(observe_kernel if sampled else None, period)
+        begin = time.perf_counter()
+        output = llm.generate(["The lighthouse"], sampling, use_tqdm=False)[0]
+        return time.perf_counter() - begin, list(output.outputs[0].token_ids)
+
+    calls = 0
+
+    def count(*call: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    observe_calls(count, 1)
+    llm.generate(["The lighthouse"], sampling, use_tqdm=False)
+    expected = decode(False)[1]
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    for index in range(arguments.pairs):
+        for sampled in (True, False) if index % 2 else (False, True):
+            elapsed, tokens = decode(sampled)
+            assert tokens == expected
+            seconds[sampled].append(elapsed)
+    ratios = [on / off for on, off in zip(seconds[True], seconds[False], strict=True)]
+
+    observe_calls(None, 1)
+    without = per_call(call_timer.start, 100_000)
+    observe_calls(observe_kernel, 1 << 60)
+    skipped = per_call(call_timer.start, 100_000)
+    pattern = NMPattern.parse("2:4")
+    observed = per_call(lambda: observe_kernel("cpu-avx2", pattern, 1, 1, 1e-4), 2_000)
+    best = min(seconds[False])
+    report = {
+        "command": " ".join(sys.argv),
+        "cores": len(os.sched_getaffinity(0)),
+        "kernel_calls_per_completion": calls,
+        "median_seconds": {
+            "sampled": statistics.median(seconds[True]),
+            "not sampled": statistics.median(seconds[False]),
+        },
+        "ratio_median": statistics.median(ratios),
+        "ratio_median_95": median_interval(ratios),
+        "ratio_quartiles": statistics.quantiles(ratios, n=4),
+        "best_ratio": min(seconds[True]) / best,
+        "microseconds": {"call, off": without * 1e6, "call, not sampled": skipped * 1e6, "sample": observed * 1e6},
+        "share_by_parts": calls * (skipped + observed / period) / best,
+    }
+    print(json.dumps(report, indent=2))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

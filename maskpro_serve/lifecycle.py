@@ -1,0 +1,159 @@
+"""Start and end of the API server: says when it is ready, and refuses new requests once it was asked to stop.
+
+vLLM drains by itself (``--shutdown-timeout``), but meets a request that comes after SIGTERM with a stack trace and 500,
+and leaves without an answer those that are not done when the time is over: it waits for them, and they for the engine
+that is gone. Its middleware hook (``--middleware``) takes a class by its import path, so what ``server.py`` knows
+reaches this one through :data:`PROCESS`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+from maskpro_serve.loading import RETRY_AFTER_S, LoadingServer, unavailable
+
+Message = MutableMapping[str, Any]
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+READY_PATH = "/ready"
+_WHILE_STOPPING = ("/health", "/metrics", "/ping")
+_GRACE_S = 1.0
+"""After the shutdown timeout, for answers that the engine gave in its last moment."""
+
+
+@dataclass
+class Process:
+    """What this process is doing.
+
+    Attributes:
+        loading: what answers on the port while the model loads.
+        started: the API server has been ready.
+        stopping: a signal asked it to stop.
+        out_of_time: the shutdown timeout is over.
+        requests: the tasks of HTTP requests under way.
+    """
+
+    loading: LoadingServer | None = None
+    started: bool = False
+    stopping: bool = False
+    out_of_time: bool = False
+    requests: set[asyncio.Task[Any]] = field(default_factory=set)
+
+    def ready(self, app: Any) -> None:
+        """vLLM is about to accept requests, and has installed its signal handlers."""
+        from maskpro_serve.startup import announce
+
+        self.started = True
+        config = app.state.vllm_config
+        announce(config)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._watch(number, asyncio.get_running_loop(), config.shutdown_timeout + _GRACE_S)
+        if self.loading is not None:
+            self.loading.stop()
+
+    def _watch(self, number: int, loop: asyncio.AbstractEventLoop, seconds: float) -> None:
+        # The event loop runs vLLM's handler when the signal wakes it, whatever Python's own handler is.
+        previous = signal.getsignal(number)
+
+        def stop(signum: int, frame: FrameType | None) -> None:
+            if not self.stopping:
+                self.stopping = True
+                loop.call_soon_threadsafe(loop.call_later, seconds, self._end_requests)
+            if callable(previous):
+                previous(signum, frame)
+
+        signal.signal(number, stop)
+
+    def _end_requests(self) -> None:
+        self.out_of_time = True
+        for task in self.requests:
+            task.cancel()
+
+
+PROCESS = Process()
+
+
+class Lifecycle:
+    """ASGI middleware: ``/ready``, 503 for what comes after SIGTERM, an error for what the drain could not finish.
+
+    ``/ready`` is 200 while requests are taken, and 503 once the engine has died or the server was asked to stop.
+    ``/health`` stays vLLM's: 200 as long as the engine lives, which it does while it drains.
+    """
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, _announcing(scope, send))
+        elif scope["type"] == "http":
+            await self._request(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    async def _request(self, scope: Scope, receive: Receive, send: Send) -> None:
+        root = scope.get("root_path", "")
+        path = scope["path"].removeprefix(root)
+        if PROCESS.stopping and path not in _WHILE_STOPPING:
+            await _refuse(send)
+            return
+        if path == READY_PATH:
+            scope = {**scope, "path": root + "/health", "raw_path": None}
+        begun: Message | None = None
+
+        async def sending(message: Message) -> None:
+            nonlocal begun
+            if message["type"] == "http.response.start":
+                begun = message
+            await send(message)
+
+        task = asyncio.current_task()
+        assert task is not None
+        PROCESS.requests.add(task)
+        try:
+            await self._app(scope, receive, sending)
+        except asyncio.CancelledError:
+            if not PROCESS.out_of_time:
+                raise
+            await _break_off(begun, send)
+        finally:
+            PROCESS.requests.discard(task)
+
+
+def _announcing(scope: Scope, send: Send) -> Send:
+    async def announce(message: Message) -> None:
+        if message["type"] == "lifespan.startup.complete":
+            PROCESS.ready(scope["app"])
+        await send(message)
+
+    return announce
+
+
+async def _refuse(send: Send) -> None:
+    body = json.dumps(unavailable("stopping", "the server is shutting down")).encode()
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+        (b"retry-after", str(RETRY_AFTER_S).encode()),
+        (b"connection", b"close"),
+    ]
+    await send({"type": "http.response.start", "status": 503, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def _break_off(begun: Message | None, send: Send) -> None:
+    """Ends a request that ran out of time: with 503, or an error event in its stream."""
+    if begun is None:
+        await _refuse(send)
+        return
+    error = {"error": unavailable("stopping", "the server shut down before the answer was complete")["error"]}
+    await send({"type": "http.response.body", "body": f"data: {json.dumps(error)}\n\n".encode()})

@@ -1,0 +1,81 @@
+"""What an orchestrator sees: 503 while the model loads, a drain at SIGTERM, exit code 0."""
+
+from __future__ import annotations
+
+import signal
+import time
+
+import httpx
+import pytest
+from operated import FLAGS, SEQUENCES, Load, complete, records, sample, wait_until, with_tokenizer
+from server import Server
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
+
+
+def answers(url: str, path: str) -> int | None:
+    try:
+        return httpx.get(url + path, timeout=5).status_code
+    except httpx.TransportError:
+        return None
+
+
+def test_loads_serves_and_drains(tiny, tmp_path):
+    model = with_tokenizer(tiny["packed"], tmp_path / "model")
+    server = Server(["--model", str(model), *FLAGS, "--shutdown-timeout", "25"], tmp_path / "log").start()
+    try:
+        # While it loads.
+        wait_until(lambda: answers(server.url, "/ready") is not None, 120)
+        loading = httpx.get(f"{server.url}/health")
+        assert loading.status_code == 503
+        assert loading.json()["status"] == "loading"
+        assert int(loading.headers["retry-after"]) > 0
+        early = complete(server.url, 4)
+        assert early.status == 503
+        assert "loading" in early.error
+        unanswered = 0
+        while (ready := answers(server.url, "/ready")) != 200:
+            unanswered += ready is None
+            assert server.exit_code is None
+            time.sleep(0.1)
+        assert unanswered == 0  # from loading to ready, nobody was refused a connection
+        assert answers(server.url, "/health") == 200
+
+        # SIGTERM while more run than fit: those that wait finish as well, but for two that cannot in 25 s.
+        load = Load(server.url, 2 * SEQUENCES, 200)
+        endless = Load(server.url, 2, 8000)
+        busy = "vllm:num_requests_running", "vllm:num_requests_waiting"
+        wait_until(lambda: sum(sample(server.get("/metrics"), name) for name in busy) == 2 * SEQUENCES + 2)
+        server.send_signal(signal.SIGTERM)
+        wait_until(lambda: answers(server.url, "/ready") == 503)
+        late = complete(server.url, 4)
+        assert (late.status, late.tokens) == (503, 0)
+        assert "shutting down" in late.error
+        assert late.headers["connection"] == "close"
+        assert answers(server.url, "/health") == 200  # the engine lives: a liveness probe must not kill it now
+        endings = load.endings()
+        assert [(ending.status, ending.tokens, ending.error) for ending in endings] == [(200, 200, "")] * len(endings)
+        stream, whole = endless.endings()
+        assert (stream.status, whole.status) == (200, 503)
+        assert "before the answer was complete" in stream.error
+        assert "shutting down" in whole.error
+        assert server.wait(60) == 0
+    finally:
+        server.stop()
+    log = server.log.read_text()
+    assert "Traceback" not in log
+    outcomes = [record["outcome"] for record in records(log) if record["path"] == "/v1/completions"]
+    assert outcomes.count("completed") == len(endings)
+    assert outcomes.count("rejected") == 2  # the late one, and the one that had no answer yet
+    assert outcomes.count("failed") == 1
+
+
+def test_sigterm_while_loading_ends_it_at_once(tiny, tmp_path):
+    server = Server(["--model", str(tiny["packed"]), *FLAGS], tmp_path / "log").start()
+    try:
+        wait_until(lambda: answers(server.url, "/ready") == 503, 120)
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(60) == 0
+    finally:
+        server.stop()
+    assert "Traceback" not in server.log.read_text()
