@@ -6,14 +6,16 @@
     python loadtests/compare.py --endpoint old=http://host:8000 --endpoint new=http://other:8000
 
 Every load (users of a closed loop, rates of an open one) is run on A, then on B, then the next; all of it in several
-rounds. Each run begins with a warm-up that is not counted, and both endpoints are asked the same. What is measured is
-kept in OUTPUT, so a comparison that was stopped goes on where it was. Exit code 1 if any request failed.
+rounds. Each run begins with a warm-up that is not counted, and both endpoints are asked the same. Every run is kept in
+OUTPUT as it ends: a comparison that was stopped goes on where it was, one that was finished is made anew. Exit code 1
+if any request failed.
 """
 
 from __future__ import annotations
 
 import argparse
 import shlex
+import signal
 import sys
 import time
 from dataclasses import replace
@@ -53,6 +55,10 @@ def parser() -> argparse.ArgumentParser:
     sides.add_argument("--flags", default=SERVER_FLAGS, help=f"for both servers (default {SERVER_FLAGS!r})")
     sides.add_argument("--flags-a", default="", help="for the first only")
     sides.add_argument("--flags-b", default="", help='for the second only, as "--dtype bfloat16"')
+    sides.add_argument("--env-a", action="append", default=[], metavar="NAME=VALUE", help="variable for the first only")
+    sides.add_argument(
+        "--env-b", action="append", default=[], metavar="NAME=VALUE", help="variable for the second only"
+    )
     load = parser.add_argument_group("load")
     load.add_argument("--workload", choices=WORKLOADS, default="chat", help="of the closed loops (default chat)")
     load.add_argument("--concurrency", type=int, nargs="*", default=[1, 4, 16], help="users (default 1 4 16)")
@@ -72,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
     run = parser.add_argument_group("run")
     run.add_argument("--quick", action="store_true", help="fewer and shorter runs, servers not compiled")
     run.add_argument("--output", type=Path, default=Path("build/loadtest"), help="folder (default build/loadtest)")
-    run.add_argument("--fresh", action="store_true", help="measure again what OUTPUT already holds")
+    run.add_argument("--fresh", action="store_true", help="do not go on with an unfinished comparison")
     run.add_argument("--stop-after", type=float, default=float("inf"), metavar="SECONDS",
         help="begin no run after that; the same command again goes on")  # fmt: skip
     run.add_argument("--no-calibration", action="store_true", help="leave out the runs against the stub")
@@ -89,10 +95,13 @@ def endpoints_from(arguments: argparse.Namespace) -> list[Endpoint]:
     if arguments.endpoint:
         sides = [Endpoint.parse(text) for text in arguments.endpoint]
     else:
+        if wrong := [text for text in (*arguments.env_a, *arguments.env_b) if not text.partition("=")[1]]:
+            raise ValueError(f"variable {wrong[0]!r}: expected NAME=VALUE")
         common = shlex.split(arguments.flags)
+        flags_a, flags_b = (*common, *shlex.split(arguments.flags_a)), (*common, *shlex.split(arguments.flags_b))
         sides = [
-            Endpoint(arguments.name_a, arguments.model_a, (*common, *shlex.split(arguments.flags_a))),
-            Endpoint(arguments.name_b, arguments.model_b, (*common, *shlex.split(arguments.flags_b))),
+            Endpoint(arguments.name_a, arguments.model_a, flags_a, tuple(arguments.env_a)),
+            Endpoint(arguments.name_b, arguments.model_b, flags_b, tuple(arguments.env_b)),
         ]
     if len(sides) != 2 or sides[0].name == sides[1].name:
         raise ValueError(f"expected two endpoints of different names, found {', '.join(side.name for side in sides)}")
@@ -135,6 +144,9 @@ def measure(results: Results, deadline: float) -> bool:
     missing = [cell for cell in results.cells() if kept_result(results.path(cell), results.settings(cell)) is None]
     if not missing:
         return True
+    if len(missing) < len(results.cells()):
+        kept = len(results.cells()) - len(missing)
+        print(f"{results.folder}: going on; {kept} runs of {len(results.cells())} are there", file=sys.stderr)
     with Endpoints(results.endpoints, results.folder / "logs") as running:
         sides = {side.endpoint.name: side for side in running}
         for number, cell in enumerate(missing, 1):
@@ -155,11 +167,12 @@ def measure(results: Results, deadline: float) -> bool:
     return True
 
 
-def calibrations(results: Results) -> list[dict[str, object]]:
-    """The closed loops of one round, against the stub."""
-    loads = [load for load in results.plan.loads if load.users]
-    settings = [replace(results.plan.settings(load, 0), workload="chat", abort_share=0.0) for load in loads]
-    return [calibrate(each, Pace(), results.folder / "calibration") for each in settings]
+def calibrations(results: Results, *, all_loads: bool) -> list[dict[str, object]]:
+    """The closed loops of one round, or the greatest of them, against the stub."""
+    loads = sorted((load for load in results.plan.loads if load.users), key=lambda load: load.users)
+    settings = [results.plan.settings(load, 0) for load in (loads if all_loads else loads[-1:])]
+    chats = [replace(each, workload="chat", abort_share=0.0, fixed_length=True) for each in settings]
+    return [calibrate(each, Pace(), results.folder / "calibration") for each in chats]
 
 
 def main() -> int:
@@ -169,6 +182,7 @@ def main() -> int:
         parsed.set_defaults(**QUICK)
         arguments = parsed.parse_args()
     begin = time.monotonic()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the servers are stopped
     try:
         results = Results(arguments.output, endpoints_from(arguments), plan_from(arguments))
         if not arguments.report_only:
@@ -178,8 +192,9 @@ def main() -> int:
                 print(f"stopped after {time.monotonic() - begin:.0f} s; the same command goes on", file=sys.stderr)
                 return 3
             if not arguments.no_calibration:
-                results.note("calibration", calibrations(results))
+                results.note("calibration", calibrations(results, all_loads=not arguments.quick))
         failed = write_report(results)
+        results.note("finished", True)
     except (ValueError, OSError) as error:
         print(f"compare.py: {error}", file=sys.stderr)
         return 2

@@ -24,12 +24,14 @@ class Endpoint:
         name: what the report calls it.
         model: what ``maskpro-serve`` is to serve; or, with a URL, the served model's name (empty: the first listed).
         flags: of ``maskpro-serve``.
+        environment: variables for ``maskpro-serve``, as NAME=VALUE.
         url: of a server that is up already, without the ``/v1``; empty to start one.
     """
 
     name: str
     model: str
     flags: tuple[str, ...] = ()
+    environment: tuple[str, ...] = ()
     url: str = ""
 
     @classmethod
@@ -50,7 +52,7 @@ class Endpoint:
         """How to have the same endpoint again."""
         if self.url:
             return f"{self.url} {self.model}".strip()
-        return shlex.join(["maskpro-serve", "--model", self.model, *self.flags])
+        return shlex.join([*self.environment, "maskpro-serve", "--model", self.model, *self.flags])
 
 
 @dataclass
@@ -114,7 +116,11 @@ class Endpoints:
         if endpoint.url:
             return Running(endpoint, endpoint.url, endpoint.model, _version(endpoint.url))
         self._logs.mkdir(parents=True, exist_ok=True)
-        server = Server(["--model", endpoint.model, *endpoint.flags], self._logs / f"{endpoint.name}.log").start()
+        server = Server(
+            ["--model", endpoint.model, *endpoint.flags],
+            self._logs / f"{endpoint.name}.log",
+            dict(variable.split("=", 1) for variable in endpoint.environment),
+        ).start()
         self._servers.append(server)  # two starts at once would fight for the cores
         server.wait_ready(READY_SECONDS)
         return Running(endpoint, server.url, "", _version(server.url), server)

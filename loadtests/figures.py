@@ -7,7 +7,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 Summary = dict[str, Any]
 
@@ -172,6 +172,7 @@ def _users_axis(axes: Axes, users: list[int]) -> None:
 
 
 def _plain(axis: Any) -> None:
-    """Log scales without powers of ten."""
+    """A log scale with labels of plain numbers, close enough for a narrow range."""
+    axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "25" else ""))
+    axis.set_minor_formatter(NullFormatter())

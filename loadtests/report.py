@@ -32,8 +32,7 @@ def write_report(results: Results) -> int:
         How many requests failed.
 
     Raises:
-        OSError: a run has not been measured yet.
-        ValueError: a run has no answered request.
+        ValueError: a run has not been measured yet, or has no answered request.
     """
     summary = summarize_comparison(results)
     folder = results.folder

@@ -31,10 +31,10 @@ class Results:
         self._notes_file = folder / "notes.json"
 
     def open(self, *, fresh: bool, command: str) -> None:
-        """Prepares the folder.
+        """Prepares the folder; what an unfinished comparison measured is kept, what a finished one did is not.
 
         Args:
-            fresh: forget what is there.
+            fresh: forget an unfinished one too.
             command: that asks for the comparison, for the report.
 
         Raises:
@@ -42,17 +42,19 @@ class Results:
         """
         asked = json.loads(json.dumps([asdict(endpoint) for endpoint in self.endpoints]))
         notes = self.notes()
+        fresh = fresh or notes.get("finished", False)
         if notes and notes.get("endpoints") != asked and not fresh:
             found = ", ".join(str(endpoint.get("name")) for endpoint in notes.get("endpoints", []))
             raise ValueError(
-                f"{self.folder}: holds a comparison of other endpoints or flags ({found}); give another --output, "
-                "or --fresh"
+                f"{self.folder}: holds an unfinished comparison of other endpoints or flags ({found}); give another "
+                "--output, or --fresh"
             )
         if fresh:
             for name in ("cells", "calibration"):
                 shutil.rmtree(self.folder / name, ignore_errors=True)
             self._notes_file.unlink(missing_ok=True)
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.note("finished", False)
         self.note("endpoints", asked)
         self.note("command", command)
 
@@ -85,8 +87,9 @@ class Results:
         """The runs of one load on one endpoint, by rounds.
 
         Raises:
-            OSError: one is missing.
+            ValueError: one is missing.
         """
-        return [
-            RunFile.read(self.path(cell)) for cell in self.cells() if (cell.load, cell.endpoint) == (load, endpoint)
-        ]
+        wanted = [self.path(cell) for cell in self.cells() if (cell.load, cell.endpoint) == (load, endpoint)]
+        if missing := [path for path in wanted if not path.exists()]:
+            raise ValueError(f"{missing[0]}: expected a measured run, found none; measure first, with the same flags")
+        return [RunFile.read(path) for path in wanted]

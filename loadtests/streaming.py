@@ -77,7 +77,7 @@ class StreamingClient:
         first = self._clock()
         while True:
             record.begin = self._clock()
-            record.lost = record.begin - first
+            record.lost = record.begin - first if record.retries else 0.0
             timeout = gevent.Timeout(self._timeout)
             try:
                 with timeout:

@@ -23,8 +23,7 @@ def summarize_comparison(results: Results) -> dict[str, Any]:
     """Everything that the report says: settings, machine, each load's statistics and ratios, calibration.
 
     Raises:
-        OSError: a run is missing.
-        ValueError: a run has no answered request.
+        ValueError: a run is missing, or has no answered request.
     """
     notes = results.notes()
     first, second = (endpoint.name for endpoint in results.endpoints)
