@@ -6,7 +6,7 @@ MODEL ?= sparse-llama
 # More flags of `vllm serve`, for example: make serve ARGS="--port 8001"
 ARGS ?=
 
-.PHONY: help setup native serve test check wheel sanitize bench gpu goldens lock clean
+.PHONY: help setup native serve test check wheel sanitize bench loadtest gpu goldens lock clean
 
 help:
 	@echo "make serve    set up, then serve $(MODEL) on :8000"
@@ -15,7 +15,9 @@ help:
 	@echo "make native   rebuild the C++ kernels after a change"
 	@echo "make wheel    build the wheel and use it from another folder"
 	@echo "make sanitize the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer (7 minutes)"
-	@echo "make bench    kernel benchmark, then the server's decode speed, sparse against dense"
+	@echo "make bench    kernel benchmark, then a quick load test"
+	@echo "make loadtest sparse-llama against dense-llama under load: a report in build/loadtest, in 20 minutes"
+	@echo "              (ARGS=--quick: in 4; docs/loadtests.md has the rest)"
 	@echo "make gpu      tests and measurements that need a CUDA GPU, with the Python at hand (8 minutes)"
 	@echo "make goldens  rewrite tests/goldens (review the diff)"
 	@echo "make lock     renew requirements/cpu.txt from requirements/cpu.in"
@@ -53,7 +55,10 @@ sanitize: setup
 
 bench: setup
 	$(BIN)/python kernels/bench/nm_linear.py --json docs/results/nm_linear.json
-	$(BIN)/python loadtests/decode_speed.py --json docs/results/decode_speed.json
+	$(BIN)/python loadtests/compare.py --quick --output build/loadtest-quick
+
+loadtest: setup
+	$(BIN)/python loadtests/compare.py $(ARGS)
 
 # Without set-up: the lock is for CPUs, and the machine's own torch is what is to be measured.
 gpu:

@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
+import psutil
+
 
 class ServerError(RuntimeError):
     """The server ended before it was ready, or was not ready in time; the message ends with its log."""
@@ -29,24 +31,30 @@ def free_port() -> int:
 
 
 class Server:
-    """``maskpro-serve`` in a process group of its own, on the loopback interface.
+    """``maskpro-serve``, or another program, in a process group of its own, on the loopback interface.
 
     Args:
         arguments: its flags, without host and port.
         log: the file that takes its output.
         environment: variables to add.
         port: TCP port; None takes a free one.
+        program: what to run instead; it must take ``--host`` and ``--port`` and answer /health.
     """
 
     def __init__(
-        self, arguments: Sequence[str], log: Path, environment: Mapping[str, str] | None = None, port: int | None = None
+        self,
+        arguments: Sequence[str],
+        log: Path,
+        environment: Mapping[str, str] | None = None,
+        port: int | None = None,
+        program: Sequence[str] = (str(Path(sys.executable).parent / "maskpro-serve"),),
     ) -> None:
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
         self.seconds_to_ready = 0.0
         listen = ["--host", "127.0.0.1", "--port", str(self.port)]
-        self.command = [str(Path(sys.executable).parent / "maskpro-serve"), *arguments, *listen]
+        self.command = [*program, *arguments, *listen]
         self._environment = {**os.environ, **(environment or {})}
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -68,14 +76,14 @@ class Server:
         begin = time.monotonic()
         while time.monotonic() < begin + seconds:
             if (code := self._process.poll()) is not None:
-                raise ServerError(f"server ended with exit code {code}:\n{self._log_tail()}")
+                raise ServerError(f"server ended with exit code {code}:\n{self.log_tail()}")
             try:
                 with urllib.request.urlopen(f"{self.url}/health", timeout=2):
                     self.seconds_to_ready = time.monotonic() - begin
                     return
             except (urllib.error.URLError, OSError):
                 time.sleep(0.25)
-        raise ServerError(f"server not ready after {seconds} s:\n{self._log_tail()}")
+        raise ServerError(f"server not ready after {seconds} s:\n{self.log_tail()}")
 
     @property
     def pid(self) -> int:
@@ -118,7 +126,13 @@ class Server:
             body: bytes = response.read()
         return body.decode()
 
-    def _log_tail(self, lines: int = 40) -> str:
+    def memory(self) -> int:
+        """Bytes of memory in use by the process and all it started; what they share is counted once."""
+        assert self._process is not None
+        parent = psutil.Process(self._process.pid)
+        return sum(int(process.memory_full_info().pss) for process in (parent, *parent.children(recursive=True)))
+
+    def log_tail(self, lines: int = 40) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
     def __enter__(self) -> Server:
