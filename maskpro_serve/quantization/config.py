@@ -23,6 +23,10 @@ from maskpro_serve.served import check_served
 
 logger = logging.getLogger("vllm.maskpro")
 
+_ROUTERS = ("gate", "router")
+"""What a mixture's router is called: a linear layer in vLLM but not in transformers, so it is never packed, and
+`ignore` does not name it."""
+
 
 class MaskProConfig(QuantizationConfig):
     """Quantization config ``maskpro``: of our own packed checkpoints, and of 2:4 ones that compressed-tensors wrote.
@@ -84,9 +88,11 @@ class MaskProConfig(QuantizationConfig):
         if isinstance(layer, ParallelLMHead):
             return HeadMethod()
         if not isinstance(layer, LinearBase):
-            if prefix.endswith(".experts"):
+            if prefix.rpartition(".")[2].endswith("experts"):
                 self.tally.experts()
             return None
+        if isinstance(self.format, PackedFormat) and prefix.rpartition(".")[2] in _ROUTERS:
+            return UnquantizedLinearMethod()
         names = self._checkpoint_names(prefix)
         schemes = {self.format.scheme(name) for name in names}
         if len(schemes) > 1:

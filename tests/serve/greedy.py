@@ -3,7 +3,8 @@ whether the output head runs on our kernel.
 
     greedy.py OUTPUT.json '{"tensor_parallel_size": 2}' FOLDER...
 
-The second argument holds more arguments of vllm.LLM. A folder's expected.json brings its own prompts.
+The second argument holds more arguments of vllm.LLM, and maybe "adapter", the folder of a LoRA: then its tokens follow
+those of the model without it. A folder's expected.json brings its own prompts.
 """
 
 import json
@@ -16,6 +17,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # which must find it
 
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.lora.request import LoRARequest
 
 PROMPTS = [list(span) for span in (range(3, 8), range(40, 73), range(90, 91))]
 TOKENS = 24
@@ -32,9 +34,13 @@ def run(folder: Path, more: dict) -> dict:
         "dtype": "float32", "enforce_eager": True, "skip_tokenizer_init": True, "max_model_len": 128, "max_num_seqs": 4,
         "kv_cache_memory_bytes": 64 << 20, "enable_prefix_caching": False,
     }  # fmt: skip
-    llm = LLM(model=str(folder), **(defaults | more))
+    adapter = more.get("adapter")
+    llm = LLM(model=str(folder), **(defaults | {key: value for key, value in more.items() if key != "adapter"}))
     sampling = SamplingParams(max_tokens=TOKENS, temperature=0, ignore_eos=True, detokenize=False)
-    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
+    inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+    outputs = llm.generate(inputs, sampling, use_tqdm=False)
+    if adapter:
+        outputs += llm.generate(inputs, sampling, use_tqdm=False, lora_request=LoRARequest("adapter", 1, adapter))
     head = llm.apply_model(has_head)
     del llm
     cleanup_dist_env_and_memory()

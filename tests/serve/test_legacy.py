@@ -84,8 +84,8 @@ def test_bitmask_and_values_are_the_dense_weights():
         scale = parts.get(f"{UP}.weight_scale", torch.ones(1)).float()
         twin[torch.from_numpy(mask)] = (parts[f"{UP}.compressed"].float() * scale).flatten()
         exact = dense[f"{UP}.weight"].float()
-        # Half a step of the numbers that were kept: one of 255 levels, or one of 3 bits after the point.
-        step = {"bf16": 0 * exact, "int8": 0.51 * scale, "fp8": exact.abs() / 16 + scale / 512}[name.split("-")[1]]
+        # A step of the numbers that were kept, one of 255 levels or one of 3 bits: the quotient was in 16 bits, too.
+        step = {"bf16": 0 * exact, "int8": 1.01 * scale, "fp8": exact.abs() / 8 + scale / 512}[name.split("-")[1]]
         assert ((twin - exact).abs() <= step).all(), name
 
 
