@@ -68,12 +68,13 @@ def _serve(model: str, arguments: list[str]) -> int:
     import torch
 
     from maskpro_kernels.support import select_backend
-    from maskpro_serve.checkpoint import CheckpointError, check_checkpoint
+    from maskpro_serve.checkpoint import CheckpointError
     from maskpro_serve.models import ALIASES, resolve_model
+    from maskpro_serve.served import check_served
 
     folder = resolve_model(model)
     if Path(folder).is_dir():
-        packed = check_checkpoint(Path(folder), contents=True)
+        packed = check_served(Path(folder), contents=True)
         if packed is not None and _runs_on_cpu():
             # Now, in a sentence, rather than in a worker after vLLM has started.
             select_backend(packed.pattern, torch.float32, torch.bfloat16, "cpu")

@@ -115,6 +115,8 @@ class LayerTally:
     pattern: NMPattern
     _waiting: int = 0
     _backends: Count[str] = field(default_factory=Count)
+    _dense: int = 0
+    _experts: int = 0
     _packed_bytes: int = 0
     _dense_bytes: int = 0
 
@@ -131,6 +133,19 @@ class LayerTally:
         LINEAR_LAYERS.labels(backend, str(self.pattern)).inc(partitions)
         WEIGHT_BYTES.labels("packed").inc(packed_bytes)
         WEIGHT_BYTES.labels("dense_equivalent").inc(dense_bytes)
+        self._report_last()
+
+    def stayed_dense(self, partitions: int) -> None:
+        """A layer of ``partitions`` fused matrices was loaded, whose zeros do not satisfy the pattern."""
+        self._waiting -= 1
+        self._dense += partitions
+        self._report_last()
+
+    def experts(self) -> None:
+        """A layer of a mixture of experts exists; there is no sparse kernel for those."""
+        self._experts += 1
+
+    def _report_last(self) -> None:
         if self._waiting == 0:
             self._report()
 
@@ -145,7 +160,11 @@ class LayerTally:
             self.pattern,
             layers,
             self._packed_bytes / 1e6,
-            self._packed_bytes / self._dense_bytes,
+            self._packed_bytes / max(1, self._dense_bytes),
             threads,
             "" if threads == 1 else "s",
         )
+        if self._dense:
+            logger.info("maskpro: %d linear layers stay dense, their zeros are not %s", self._dense, self.pattern)
+        if self._experts:
+            logger.info("maskpro: the experts of %d layers stay dense, no kernel is for them", self._experts)

@@ -57,7 +57,7 @@ MASKPRO_API int32_t maskpro_interleave(void* weight, const void* values, const u
 //   y       [tokens, out_features]  row-major, act_dtype; every element is written
 //   x       [tokens, in_features]   row-major, act_dtype
 //   weight  from maskpro_interleave
-//   scale   [out_features] float32, or NULL for ones: a weight of int8 is its integer times its row's scale
+//   scale   [out_features] float32, or NULL for ones: a weight is its value times its row's scale
 //   bias    [out_features] bias_dtype, or NULL
 //
 // Sums are float32, rounded once to act_dtype, which like bias_dtype is no integer. Reentrant: any number of threads may

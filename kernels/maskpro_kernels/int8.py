@@ -34,10 +34,10 @@ def to_int8(weight: NMWeight) -> NMWeight:
         Every value is off by at most half its row's scale.
 
     Raises:
-        ValueError: the values are int8 already, or one is not finite.
+        ValueError: the values have a scale already, or one is not finite.
     """
     if weight.scale is not None:
-        raise ValueError("int8: expected values of a floating-point dtype, found torch.int8")
+        raise ValueError(f"int8: expected values without a scale, found {weight.values.dtype} with one")
     values = weight.values.float()
     if not torch.isfinite(values).all():
         raise ValueError("int8: expected finite values, found inf or NaN")

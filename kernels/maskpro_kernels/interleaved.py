@@ -30,7 +30,7 @@ class InterleavedWeight:
 
     Attributes:
         data: uint8, on the CPU.
-        scale: float32 (out_features,) for kept values of int8, else None.
+        scale: float32 (out_features,), what a row's values are multiples of; or None, but not for int8.
         shape: (out_features, in_features) of the dense weight.
         pattern: the (N:M) pattern.
         dtype: of the kept values.

@@ -99,10 +99,10 @@ def _check_bias(x: Tensor, bias: Tensor | None, out_features: int) -> None:
 
 
 def _check_scale(x: Tensor, scale: Tensor | None, dtype: torch.dtype, out_features: int) -> None:
-    if scale is None and dtype != torch.int8:
+    if scale is None:
+        if dtype == torch.int8:
+            raise ValueError("nm_linear: expected a scale with int8 weights, found none")
         return
-    if scale is None or dtype != torch.int8:
-        raise ValueError(f"nm_linear: expected a scale with int8 weights, and only then; they are {dtype}")
     fits = scale.dtype == torch.float32 and tuple(scale.shape) == (out_features,) and scale.is_contiguous()
     if not fits or scale.device != x.device:
         raise ValueError(

@@ -20,11 +20,12 @@ class NMWeight:
     """A packed (N:M)-sparse weight, logically ``shape`` = (out_features, in_features).
 
     Attributes:
-        values: (out_features, in_features * n / m), the kept weights in column order; of int8, in units of the scale.
+        values: (out_features, in_features * n / m), the kept weights in column order, in units of the scale if any.
         bitmask: uint8 (out_features, ceil(in_features / 8)); bit k of byte j is column 8j + k.
         shape: (out_features, in_features) of the dense weight.
         pattern: the (N:M) pattern every group obeys.
-        scale: float32 (out_features,), what a row's int8 values are multiples of; None for other dtypes.
+        scale: float32 (out_features,), what a row's values are multiples of. int8 values have one; others may, as those
+            that were fp8 numbers do, and None stands for ones.
 
     Raises:
         ValueError: the parts disagree with each other. The *content* of the bitmask is checked by
@@ -41,9 +42,8 @@ class NMWeight:
         out_features, in_features = self.shape
         if self.values.dtype not in (*WEIGHT_DTYPES, torch.int8):
             raise ValueError(f"values: expected one of {(*WEIGHT_DTYPES, torch.int8)}, found {self.values.dtype}")
-        if (self.values.dtype == torch.int8) != (self.scale is not None):
-            found = "none" if self.scale is None else f"one, with values of {self.values.dtype}"
-            raise ValueError(f"scale: expected one with values of torch.int8, and only then, found {found}")
+        if self.values.dtype == torch.int8 and self.scale is None:
+            raise ValueError("scale: expected one with values of torch.int8, found none")
         if self.scale is not None and (self.scale.dtype != torch.float32 or tuple(self.scale.shape) != (out_features,)):
             raise ValueError(
                 f"scale: expected torch.float32 {(out_features,)}, found {self.scale.dtype} {tuple(self.scale.shape)}"
@@ -191,10 +191,10 @@ def _selected(dense: Tensor, mask: Tensor) -> Tensor:
 
 
 def unpack(weight: NMWeight) -> Tensor:
-    """Expands a packed weight: kept values bit for bit (of int8, times their scale), +0.0 elsewhere.
+    """Expands a packed weight: kept values bit for bit, or times their scale; +0.0 elsewhere.
 
     Returns:
-        (out_features, in_features), on the device of ``weight.values`` and of its dtype; float32 for int8.
+        (out_features, in_features), on the device of ``weight.values`` and of its dtype; float32 with a scale.
 
     Raises:
         ValueError: the bitmask does not keep exactly n in every group.

@@ -1,7 +1,9 @@
-"""Reads ``quantization_config`` of a packed checkpoint and decides which vLLM layers are sparse."""
+"""Reads ``quantization_config`` of a sparse checkpoint and decides which vLLM layers are sparse."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,34 +13,40 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 import maskpro_kernels.ops  # noqa: F401  (registers torch.ops.maskpro in every vLLM process)
-from maskpro_kernels import NMPattern
-from maskpro_serve.checkpoint import CheckpointError, PackedFormat, check_checkpoint
+from maskpro_serve.checkpoint import CheckpointError, PackedFormat
+from maskpro_serve.legacy import LegacyFormat, claims
 from maskpro_serve.metrics import LayerTally
 from maskpro_serve.quantization.head import HeadMethod
 from maskpro_serve.quantization.linear import NMLinearMethod
+from maskpro_serve.scheme import LinearScheme, scheme_of_packed
+from maskpro_serve.served import check_served
+
+logger = logging.getLogger("vllm.maskpro")
+
+_ROUTERS = ("gate", "router")
+"""What a mixture's router is called: a linear layer in vLLM but not in transformers, so it is never packed, and
+`ignore` does not name it."""
 
 
 class MaskProConfig(QuantizationConfig):
-    """Quantization config ``maskpro``.
+    """Quantization config ``maskpro``: of our own packed checkpoints, and of 2:4 ones that compressed-tensors wrote.
 
     Importable at module level: vLLM pickles it to its worker processes.
 
     Attributes:
+        format: what the checkpoint's configuration says of every linear.
         pattern: the (N:M) pattern of every packed linear.
-        ignore: checkpoint names of linears that stayed dense.
-        values: ``int8``, or None for kept values of the model's own dtype.
         tally: counts the layers of this process as they load.
     """
 
-    def __init__(self, pattern: NMPattern, ignore: tuple[str, ...] = (), values: str | None = None) -> None:
+    def __init__(self, format: PackedFormat | LegacyFormat) -> None:
         super().__init__()
-        self.pattern = pattern
-        self.values = values
-        self.ignore = frozenset(ignore)
-        self.tally = LayerTally(pattern)
+        self.format = format
+        self.pattern = format.pattern
+        self.tally = LayerTally(format.pattern)
 
     def __repr__(self) -> str:
-        return f"MaskProConfig(pattern={self.pattern}, values={self.values}, ignore={sorted(self.ignore)})"
+        return f"MaskProConfig({self.format})"
 
     @classmethod
     def get_name(cls) -> str:
@@ -56,29 +64,48 @@ class MaskProConfig(QuantizationConfig):
         return []  # everything is in config.json
 
     @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: Mapping[str, Any], user_quant: str | None, hf_config: Any = None
+    ) -> str | None:
+        """Claims compressed-tensors' 2:4 checkpoints, which vLLM itself refuses; leaves all others alone."""
+        return cls.get_name() if claims(hf_quant_cfg) else None
+
+    @classmethod
     def from_config(cls, config: dict[str, Any]) -> MaskProConfig:
-        packed = PackedFormat.from_dict(config, where="quantization_config")
-        return cls(packed.pattern, packed.ignore, packed.values)
+        if not claims(config):
+            return cls(PackedFormat.from_dict(config, where="quantization_config"))
+        legacy = LegacyFormat.from_dict(config, where="quantization_config")
+        if legacy.groups:
+            logger.info("maskpro: activations are not quantized: 8-bit weights are multiplied by them as they are")
+        return cls(legacy)
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Checks a local checkpoint's headers, once, before any weight is read."""
         if Path(model_name).is_dir():
-            check_checkpoint(Path(model_name), contents=False)
+            check_served(Path(model_name), contents=False)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, ParallelLMHead):
             return HeadMethod()
         if not isinstance(layer, LinearBase):
+            if prefix.rpartition(".")[2].endswith("experts"):
+                self.tally.experts()
             return None
-        dense = [name in self.ignore for name in self._checkpoint_names(prefix)]
-        if all(dense):
+        if isinstance(self.format, PackedFormat) and prefix.rpartition(".")[2] in _ROUTERS:
             return UnquantizedLinearMethod()
-        if any(dense):
+        names = self._checkpoint_names(prefix)
+        schemes = {self._scheme(name) for name in names}
+        if len(schemes) > 1:
             raise CheckpointError(
-                f"{prefix}: vLLM fuses {', '.join(self._checkpoint_names(prefix))}, but only some of them are packed; "
-                "pack all of them or none"
+                f"{prefix}: vLLM fuses {', '.join(names)}, but they are not all packed, and quantized, in the same way"
             )
-        return NMLinearMethod(self, prefix)
+        scheme: LinearScheme | None = schemes.pop()
+        return UnquantizedLinearMethod() if scheme is None else NMLinearMethod(self, prefix, scheme)
+
+    def _scheme(self, name: str) -> LinearScheme | None:
+        if isinstance(self.format, PackedFormat):
+            return scheme_of_packed(self.format, name)
+        return self.format.scheme(name)
 
     def _checkpoint_names(self, prefix: str) -> list[str]:
         """The checkpoint's names of a vLLM layer: several for qkv_proj and gate_up_proj."""

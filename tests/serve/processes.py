@@ -2,9 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+GREEDY = Path(__file__).parent / "greedy.py"
 
 
 def run_python(*arguments: object, timeout: int = 300) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=timeout)
+
+
+def serve_greedily(folders: Sequence[Path], scratch: Path, **llm: Any) -> tuple[list[dict[str, Any]], str]:
+    """What greedy.py says of every model folder, one after another in one process; and its log.
+
+    Args:
+        folders: the models.
+        scratch: where the process may write.
+        llm: more arguments of vllm.LLM.
+    """
+    output = scratch / "greedy.json"
+    finished = run_python(GREEDY, output, json.dumps(llm), *folders, timeout=600)
+    log = finished.stdout + finished.stderr
+    assert finished.returncode == 0, log[-3000:]
+    found = json.loads(output.read_text())
+    return [found[str(folder)] for folder in folders], log

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
-from processes import run_python
+from processes import GREEDY, run_python, serve_greedily
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
@@ -18,27 +17,26 @@ from maskpro_serve import load_packed
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
-GREEDY = Path(__file__).parent / "greedy.py"
 
-
-@pytest.fixture
-def greedy(tmp_path):
-    """Runs vLLM on a model folder, in processes of its own; checks whether the head was interleaved."""
-
-    def run(folder: Path, *, head: bool) -> list[list[int]]:
-        output = tmp_path / f"{folder.name}.json"
-        finished = run_python(GREEDY, folder, output)
-        assert finished.returncode == 0, finished.stderr[-3000:]
-        document = json.loads(output.read_text())
-        assert document["head"] == head
-        return document["tokens"]
-
-    return run
+@pytest.fixture(scope="module")
+def greedy(tiny, tmp_path_factory) -> dict[str, list[list[int]]]:
+    """Greedy tokens of the tiny models, and of the int8 one's unpacked twin, which is in float32."""
+    twin = tmp_path_factory.mktemp("twin")
+    config, weights = load_packed(tiny["int8"])
+    del config["quantization_config"]
+    (twin / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
+    dense = {name: unpack(weight) if isinstance(weight, NMWeight) else weight for name, weight in weights.items()}
+    save_file({name: tensor.float().contiguous() for name, tensor in dense.items()}, twin / "model.safetensors")
+    folders = {name: tiny[name] for name in ("packed", "pruned", "int8")} | {"twin": twin}
+    documents, _ = serve_greedily(list(folders.values()), twin.parent)
+    # The output head of a packed model is interleaved.
+    assert [document["head"] for document in documents] == [True, False, True, False]
+    return {name: document["tokens"] for name, document in zip(folders, documents, strict=True)}
 
 
 def test_packed_equals_its_unpacked_twin(tiny, greedy):
-    packed = greedy(tiny["packed"], head=True)
-    assert packed == greedy(tiny["pruned"], head=False)
+    packed = greedy["packed"]
+    assert packed == greedy["pruned"]
     assert len({token for row in packed for token in row}) > 5  # not one token over and over
     # The same weights run by transformers.
     model = AutoModelForCausalLM.from_pretrained(tiny["pruned"], dtype=torch.float32)
@@ -50,21 +48,17 @@ def test_packed_equals_its_unpacked_twin(tiny, greedy):
     assert tokens == expected[0, 33 : 33 + len(tokens)].tolist()
 
 
-def test_int8_values_equal_their_unpacked_twin(tiny, greedy, tmp_path):
-    """The twin holds what the levels stand for, in float32."""
-    config, weights = load_packed(tiny["int8"])
-    del config["quantization_config"]
-    twin = tmp_path / "twin"
-    twin.mkdir()
-    (twin / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
-    dense = {name: unpack(weight) if isinstance(weight, NMWeight) else weight for name, weight in weights.items()}
-    save_file({name: tensor.float().contiguous() for name, tensor in dense.items()}, twin / "model.safetensors")
-    assert greedy(tiny["int8"], head=True) == greedy(twin, head=False)
+def test_int8_values_equal_their_unpacked_twin(greedy):
+    """The twin holds what the levels stand for."""
+    assert greedy["int8"] == greedy["twin"]
+    assert greedy["int8"] != greedy["packed"]
 
 
-def test_the_reference_serves_as_well(tiny, greedy, monkeypatch):
+def test_the_reference_serves_as_well(tiny, greedy, monkeypatch, tmp_path):
     monkeypatch.setenv("MASKPRO_KERNEL", "reference")
-    assert len(greedy(tiny["int8"], head=False)) == 3
+    (document,), _ = serve_greedily([tiny["int8"]], tmp_path)
+    assert not document["head"]
+    assert document["tokens"] == greedy["int8"]
 
 
 def test_a_damaged_checkpoint_stops_the_engine_with_our_sentence(tiny, tmp_path):
@@ -72,7 +66,7 @@ def test_a_damaged_checkpoint_stops_the_engine_with_our_sentence(tiny, tmp_path)
     config = json.loads((folder / "config.json").read_text())
     config["intermediate_size"] = 256
     (folder / "config.json").write_text(json.dumps(config))
-    run = run_python(GREEDY, folder, tmp_path / "tokens.json")
+    run = run_python(GREEDY, tmp_path / "tokens.json", "{}", folder)
     assert run.returncode != 0
     sentence = r"model\.layers\.0\.mlp\.\w+\.\w+: expected shape \(\d+, \d+\) from the model's config.json, found \("
     assert re.search(sentence, run.stderr + run.stdout)

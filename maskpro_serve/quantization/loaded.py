@@ -1,0 +1,111 @@
+"""Turns a layer's parameters, as they were loaded, into one packed weight; and drops them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maskpro_kernels import NMPattern, NMWeight
+from maskpro_kernels.bits import pack_bits
+from maskpro_kernels.interleaved import DENSE
+from maskpro_kernels.packing import check_bitmask, top_n_mask
+from maskpro_serve.checkpoint import CheckpointError
+
+_CHECKED = ("weight", "compressed", "bitmask", "weight_scale", "input_scale", "input_zero_point")
+
+
+def loaded_packed(layer: Any, pattern: NMPattern, prefix: str, *, dummy: bool) -> NMWeight:
+    """The weight of a layer that is stored packed, checked.
+
+    Raises:
+        CheckpointError: a part is missing in the checkpoint, the bitmask is not strict, or a scale is not finite.
+    """
+    _check_loaded(layer, prefix, dummy=dummy)
+    scale = _scale(layer, prefix)
+    values, bitmask = layer.compressed.data, layer.bitmask.data
+    _drop(layer)
+    weight = NMWeight(_computable(values), bitmask, (values.shape[0], layer.maskpro_in_features), pattern, scale)
+    try:
+        check_bitmask(weight)
+    except ValueError as error:
+        raise CheckpointError(f"{prefix}.bitmask: {error}") from error
+    return weight
+
+
+def loaded_dense(layer: Any, pattern: NMPattern, prefix: str, *, dummy: bool) -> NMWeight | None:
+    """The weight of a layer that is stored dense, packed by its zeros.
+
+    Where these do not satisfy the pattern, 8-bit values are packed all the same, as a weight that keeps everything;
+    others stay in ``layer.weight``, and None is returned.
+
+    Raises:
+        CheckpointError: a part is missing in the checkpoint, or a scale is not finite.
+    """
+    _check_loaded(layer, prefix, dummy=dummy)
+    scale = _scale(layer, prefix)
+    dense = _computable(layer.weight.data)
+    if dummy:
+        dense.mul_(torch.arange(dense.shape[1], device=dense.device).remainder(pattern.m) < pattern.n)
+    mask = zeros_mask(dense, pattern)
+    if mask is None and scale is None:
+        return None
+    if mask is None:
+        pattern, mask = DENSE, torch.ones_like(dense, dtype=torch.bool)
+    _drop(layer)
+    values = dense[mask].reshape(dense.shape[0], pattern.kept(dense.shape[1]))
+    return NMWeight(values, pack_bits(mask), (dense.shape[0], dense.shape[1]), pattern, scale)
+
+
+def zeros_mask(dense: Tensor, pattern: NMPattern) -> Tensor | None:
+    """A strict mask that keeps every weight but zeros, or None where a group has more than n others.
+
+    Args:
+        dense: (out_features, in_features), which m divides.
+        pattern: the pattern.
+
+    Returns:
+        Boolean, the shape of ``dense``: what is not zero, and of groups with fewer than n the lowest zeros.
+    """
+    mask = dense != 0
+    groups = mask.view(-1, pattern.m)
+    counts = groups.sum(1)
+    if (counts > pattern.n).any():
+        return None
+    short = counts < pattern.n
+    groups[short] = top_n_mask(groups[short].float(), pattern)
+    return mask
+
+
+def _check_loaded(layer: Any, prefix: str, *, dummy: bool) -> None:
+    if dummy:
+        return
+    for name in _CHECKED:
+        parameter = getattr(layer, name, None)
+        if parameter is not None and not parameter.complete:
+            raise CheckpointError(f"{prefix}.{name}: missing in the checkpoint")
+
+
+def _scale(layer: Any, prefix: str) -> Tensor | None:
+    """(out_features,), whether the checkpoint has one number for each output or one for each matrix."""
+    parameter = getattr(layer, "weight_scale", None)
+    if parameter is None:
+        return None
+    scale: Tensor = parameter.data.flatten()
+    if not torch.isfinite(scale).all():
+        raise CheckpointError(f"{prefix}.weight_scale: expected finite scales, found inf or NaN")
+    if parameter.dim() == 1:
+        return scale.repeat_interleave(torch.tensor(layer.maskpro_partitions, device=scale.device))
+    return scale
+
+
+def _computable(values: Tensor) -> Tensor:
+    """fp8 numbers as bfloat16, which holds each of them exactly; others as they are."""
+    return values.to(torch.bfloat16) if values.dtype == torch.float8_e4m3fn else values
+
+
+def _drop(layer: Any) -> None:
+    for name in (*_CHECKED, "shape"):
+        if hasattr(layer, name):
+            delattr(layer, name)

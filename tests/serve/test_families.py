@@ -1,0 +1,81 @@
+"""Model families: packed in vLLM says what the same weights, dense with zeros, say in vLLM."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from processes import serve_greedily
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GemmaConfig,
+    MistralConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
+
+from maskpro_kernels import NMPattern
+from maskpro_kernels.packing import magnitude_mask
+from maskpro_serve import convert
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+
+PATTERN = NMPattern(2, 4)
+SIZES = {
+    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 128, "initializer_range": 0.2,
+    "dtype": torch.bfloat16, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+FAMILIES = {
+    "qwen2": (Qwen2Config, {}),  # biases of q, k and v
+    "qwen3": (Qwen3Config, {"tie_word_embeddings": True}),
+    "mistral": (MistralConfig, {"sliding_window": None}),
+    "gemma": (GemmaConfig, {}),
+    "gemma2": (Gemma2Config, {"query_pre_attn_scalar": 32}),
+    "phi3": (Phi3Config, {}),  # qkv_proj and gate_up_proj are fused in the checkpoint
+    "qwen3-moe": (Qwen3MoeConfig, EXPERTS),  # experts stay dense
+}
+
+
+def build(root: Path, name: str) -> tuple[Path, Path, int]:
+    """A random model pruned 2:4 and the same packed; and how many linears were."""
+    kind, more = FAMILIES[name]
+    torch.manual_seed(len(name))
+    model = AutoModelForCausalLM.from_config(kind(**SIZES, **more)).bfloat16()
+    for path, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and path != "lm_head":
+            module.weight.data *= magnitude_mask(module.weight.detach(), PATTERN)
+    pruned, packed = root / f"{name}-pruned", root / f"{name}-packed"
+    model.save_pretrained(pruned)
+    return pruned, packed, len(convert(pruned, packed, pattern=PATTERN).packed)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory) -> tuple[dict[str, list[list[list[int]]]], dict[str, int], str]:
+    """Tokens of every family, pruned and packed, from one process; how many linears are packed; and the log."""
+    root = tmp_path_factory.mktemp("families")
+    built = {name: build(root, name) for name in FAMILIES}
+    folders = [folder for pruned, packed, _ in built.values() for folder in (pruned, packed)]
+    documents, log = serve_greedily(folders, root)
+    tokens = [document["tokens"] for document in documents]
+    pairs = {name: tokens[2 * i : 2 * i + 2] for i, name in enumerate(FAMILIES)}
+    return pairs, {name: count for name, (_, _, count) in built.items()}, log
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_packed_equals_dense(served, name):
+    pruned, packed = served[0][name]
+    assert packed == pruned
+    assert len({token for row in packed for token in row}) > 5
+
+
+def test_every_linear_is_packed_and_experts_are_reported(served):
+    _, counts, log = served
+    assert counts == dict.fromkeys(FAMILIES, 14) | {"phi3": 8, "qwen3-moe": 8}
+    assert "maskpro: the experts of 2 layers stay dense" in log
