@@ -107,6 +107,52 @@ def packed_names(headers: Mapping[str, TensorInfo]) -> list[str]:
     return sorted({name.removesuffix(s) for name in headers for s in SUFFIXES if name.endswith(s)})
 
 
+def check_parts(
+    headers: Mapping[str, TensorInfo], name: str, pattern: NMPattern
+) -> tuple[TensorInfo, TensorInfo, tuple[int, int]]:
+    """Checks the three parts of a packed linear against each other, but for the dtype of its values.
+
+    Args:
+        headers: from :func:`read_headers`.
+        name: the linear's name, without suffix.
+        pattern: the pattern it is packed in.
+
+    Returns:
+        ``compressed``, ``bitmask``, and (out_features, in_features).
+
+    Raises:
+        CheckpointError: a part is missing, or the parts disagree.
+    """
+    compressed, bitmask, shape = (part(headers, name, suffix) for suffix in SUFFIXES)
+    with open_safetensors(shape.file) as file:
+        if shape.dtype != torch.int64 or shape.shape != (2, 1):
+            raise CheckpointError(f"{shape}: expected int64 (2, 1), found {shape.dtype} {shape.shape}")
+        out_features, in_features = (int(size) for size in file.get_tensor(shape.name).flatten())
+    if out_features <= 0 or not pattern.divides(in_features):
+        raise CheckpointError(f"{shape}: ({out_features}, {in_features}) is no shape that {pattern} groups divide")
+    for info, columns in ((compressed, pattern.kept(in_features)), (bitmask, bitmask_width(in_features))):
+        if info.shape != (out_features, columns):
+            raise CheckpointError(
+                f"{info}: expected shape {(out_features, columns)} (a {pattern} weight of {out_features} x "
+                f"{in_features}), found {info.shape}"
+            )
+    if bitmask.dtype != torch.uint8:
+        raise CheckpointError(f"{bitmask}: expected torch.uint8, found {bitmask.dtype}")
+    return compressed, bitmask, (out_features, in_features)
+
+
+def part(headers: Mapping[str, TensorInfo], name: str, suffix: str) -> TensorInfo:
+    """One part of a linear.
+
+    Raises:
+        CheckpointError: it is missing.
+    """
+    if (info := headers.get(name + suffix)) is None:
+        folder = next(iter(headers.values())).file.parent
+        raise CheckpointError(f"{folder}: tensor {name}{suffix} is missing, but other parts of {name} are there")
+    return info
+
+
 def read_packed(
     headers: Mapping[str, TensorInfo], name: str, packed: PackedFormat, *, contents: bool
 ) -> NMWeight | None:
@@ -122,42 +168,22 @@ def read_packed(
         CheckpointError: a part is missing, the parts disagree, or the bitmask is not strict.
     """
     pattern = packed.pattern
-    try:
-        compressed, bitmask, shape = (headers[name + suffix] for suffix in SUFFIXES)
-        scale = headers[name + SCALE_SUFFIX] if packed.values == "int8" else None
-    except KeyError as error:
-        raise CheckpointError(
-            f"{next(iter(headers.values())).file.parent}: tensor {error.args[0]} is missing, but other parts of "
-            f"{name} are there"
-        ) from error
-    with open_safetensors(shape.file) as file:
-        if shape.dtype != torch.int64 or shape.shape != (2, 1):
-            raise CheckpointError(f"{shape}: expected int64 (2, 1), found {shape.dtype} {shape.shape}")
-        out_features, in_features = (int(size) for size in file.get_tensor(shape.name).flatten())
-    if out_features <= 0 or not pattern.divides(in_features):
-        raise CheckpointError(f"{shape}: ({out_features}, {in_features}) is no shape that {pattern} groups divide")
-    for info, columns in ((compressed, pattern.kept(in_features)), (bitmask, bitmask_width(in_features))):
-        if info.shape != (out_features, columns):
-            raise CheckpointError(
-                f"{info}: expected shape {(out_features, columns)} (a {pattern} weight of {out_features} x "
-                f"{in_features}), found {info.shape}"
-            )
-    if bitmask.dtype != torch.uint8:
-        raise CheckpointError(f"{bitmask}: expected torch.uint8, found {bitmask.dtype}")
+    compressed, bitmask, shape = check_parts(headers, name, pattern)
+    scale = part(headers, name, SCALE_SUFFIX) if packed.values == "int8" else None
     if scale is None and compressed.dtype not in WEIGHT_DTYPES:
         raise CheckpointError(f"{compressed}: expected a 16 or 32 bit float, found {compressed.dtype}")
     if scale is not None and compressed.dtype != torch.int8:
         raise CheckpointError(f"{compressed}: expected torch.int8, as config.json says, found {compressed.dtype}")
-    if scale is not None and (scale.dtype not in WEIGHT_DTYPES or scale.shape != (out_features, 1)):
+    if scale is not None and (scale.dtype not in WEIGHT_DTYPES or scale.shape != (shape[0], 1)):
         raise CheckpointError(
-            f"{scale}: expected a 16 or 32 bit float {(out_features, 1)}, found {scale.dtype} {scale.shape}"
+            f"{scale}: expected a 16 or 32 bit float {(shape[0], 1)}, found {scale.dtype} {scale.shape}"
         )
     if not contents:
         return None
     scales = None if scale is None else read_tensor(scale).float().flatten()
     if scales is not None and not torch.isfinite(scales).all():
         raise CheckpointError(f"{scale}: expected finite scales, found inf or NaN")
-    weight = NMWeight(read_tensor(compressed), read_tensor(bitmask), (out_features, in_features), pattern, scales)
+    weight = NMWeight(read_tensor(compressed), read_tensor(bitmask), shape, pattern, scales)
     try:
         check_bitmask(weight)
     except ValueError as error:
@@ -193,6 +219,16 @@ def checked_names(folder: Path, headers: Mapping[str, TensorInfo], packed: Packe
             raise CheckpointError(f"{scale}: unexpected, config.json does not say that values are int8")
         if name in packed.ignore:
             raise CheckpointError(f"{folder / 'config.json'}: ignore: {name} is said to be dense, but it is packed")
+    check_listed(folder, headers)
+    return names
+
+
+def check_listed(folder: Path, headers: Mapping[str, TensorInfo]) -> None:
+    """Checks that the folder holds every tensor of its index where it says, if it has one, and no other.
+
+    Raises:
+        CheckpointError: a tensor is missing, unexpected, or in another file.
+    """
     listed = read_index(folder)
     if listed is not None:
         if missing := sorted(listed.keys() - headers.keys()):
@@ -202,7 +238,6 @@ def checked_names(folder: Path, headers: Mapping[str, TensorInfo], packed: Packe
         for name, file in listed.items():
             if headers[name].file.name != file:
                 raise CheckpointError(f"{headers[name]}: {INDEX} says that it is in {file}")
-    return names
 
 
 def packed_weights(folder: Path) -> Iterator[tuple[str, Tensor | NMWeight]]:
