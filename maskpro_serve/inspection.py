@@ -145,6 +145,8 @@ def backends(pattern: NMPattern, values: torch.dtype) -> dict[str, str]:
     devices = {"cpu": torch.float32}
     if torch.cuda.is_available():
         devices["cuda"] = torch.bfloat16
+    if values == torch.float8_e4m3fn:
+        values = torch.bfloat16  # which it is widened to when it is loaded
     found = {}
     for device, activation in devices.items():
         try:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -42,12 +45,14 @@ class RowPacker:
         self._updates = updates
         self._values = values
 
-    def pack(self, info: TensorInfo, first: int, rows: Tensor) -> NMWeight:
-        """Packs rows of weight ``info`` from number ``first`` on.
+    def pack(self, info: TensorInfo, first: int, rows: Tensor) -> NMWeight | None:
+        """Packs rows of tensor ``info`` from number ``first`` on; None for one that stays as it is. Thread-safe.
 
         Raises:
             CheckpointError, MaskFileError: the mask is not strict, or a value cannot be rounded; names file and weight.
         """
+        if info.name not in self.names:
+            return None
         if self._masks is None:
             kept = rows != 0
             mask = fill_up(kept, group_counts(kept, self._pattern.m), rows, self._pattern)
@@ -80,17 +85,41 @@ def write_shard(path: Path, shard: Shard, packer: RowPacker, advance: Callable[[
         return
     try:
         with safetensors_stream(path, shard.specs, {"format": "pt"}) as put:
-            for info, _ in shard.sources:
-                for first, rows in read_blocks(info):
-                    if info.name in packer.names:
-                        _put_packed(put, info, first, packer.pack(info, first, rows))
-                    else:
-                        put(info.name, rows, first)
-                    advance(rows.nbytes)
+            blocks = ((info, first, rows) for info, _ in shard.sources for first, rows in read_blocks(info))
+            for info, first, rows, weight in _in_threads(packer.pack, blocks):
+                if weight is not None:
+                    _put_packed(put, info, first, weight)
+                else:
+                    put(info.name, rows, first)
+                advance(rows.nbytes)
     except OSError as error:
         if error.filename is not None:
             raise
         raise OSError(f"{path}: cannot be written: {error}; what is written so far is kept, run again") from error
+
+
+def _in_threads(
+    pack: Callable[[TensorInfo, int, Tensor], NMWeight | None], blocks: Iterable[tuple[TensorInfo, int, Tensor]]
+) -> Iterator[tuple[TensorInfo, int, Tensor, NMWeight | None]]:
+    """Every block and what is made of it, in order; as many at once as there are cores, up to four.
+
+    The files are mapped, so a thread also waits for its own block's disk.
+    """
+    workers = min(4, len(os.sched_getaffinity(0)))
+    waiting: deque[tuple[TensorInfo, int, Tensor, Future[NMWeight | None]]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        for info, first, rows in blocks:
+            waiting.append((info, first, rows, pool.submit(pack, info, first, rows)))
+            if len(waiting) > workers:
+                yield _finished(*waiting.popleft())
+        while waiting:
+            yield _finished(*waiting.popleft())
+
+
+def _finished(
+    info: TensorInfo, first: int, rows: Tensor, packed: Future[NMWeight | None]
+) -> tuple[TensorInfo, int, Tensor, NMWeight | None]:
+    return info, first, rows, packed.result()
 
 
 def _put_packed(put: PutRows, info: TensorInfo, first: int, weight: NMWeight) -> None:

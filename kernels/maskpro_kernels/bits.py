@@ -35,8 +35,8 @@ def pack_bits(mask: Tensor) -> Tensor:
 def unpack_bits(bitmask: Tensor, columns: int) -> Tensor:
     """Inverse of :func:`pack_bits`: uint8 (rows, ceil(columns / 8)) to boolean (rows, columns)."""
     if bitmask.device.type == "cpu":
-        bits = np.unpackbits(bitmask.numpy(), axis=1, count=columns, bitorder="little")
-        return torch.from_numpy(bits).view(torch.bool)
+        unpacked = np.unpackbits(bitmask.numpy(), axis=1, count=columns, bitorder="little")
+        return torch.from_numpy(unpacked).view(torch.bool)
     weights = torch.tensor(_BIT_WEIGHTS, dtype=torch.uint8, device=bitmask.device)
     bits = (bitmask.unsqueeze(-1) & weights) != 0
     return bits.reshape(bitmask.shape[0], -1)[:, :columns]

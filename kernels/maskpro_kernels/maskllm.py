@@ -59,10 +59,11 @@ class MaskLLMArchive:
         Raises:
             MaskFileError: the array is not one of that shape's bits.
         """
-        if self._last is None or self._last[0] != name:
-            self._last = (name, self._packed(name, shape))
+        last = self._last  # another thread may ask for another mask meanwhile
+        if last is None or last[0] != name:
+            last = self._last = (name, self._packed(name, shape))
         begin, end = first * shape[1], (first + rows) * shape[1]
-        bits = np.unpackbits(self._last[1][begin // 8 : (end + 7) // 8])[begin % 8 :][: end - begin]
+        bits = np.unpackbits(last[1][begin // 8 : (end + 7) // 8])[begin % 8 :][: end - begin]
         return torch.from_numpy(bits).view(torch.bool).reshape(rows, shape[1])
 
     def _packed(self, name: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -20,7 +20,7 @@ from torch import Tensor
 from maskpro_kernels.files import SAFETENSORS_DTYPES
 
 INDEX = "model.safetensors.index.json"
-BLOCK = 1 << 24
+BLOCK = 1 << 23
 """Elements that :func:`read_blocks` gives at once: work on them stays far below a gigabyte."""
 _DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
 

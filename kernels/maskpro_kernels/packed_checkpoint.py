@@ -224,7 +224,7 @@ def checked_names(folder: Path, headers: Mapping[str, TensorInfo], packed: Packe
 
 
 def check_listed(folder: Path, headers: Mapping[str, TensorInfo]) -> None:
-    """Checks that the folder holds every tensor of its index, where it has one, and no other.
+    """Checks that the folder holds every tensor of its index where it says, if it has one, and no other.
 
     Raises:
         CheckpointError: a tensor is missing, unexpected, or in another file.

@@ -155,6 +155,15 @@ def test_an_interleaved_weight_of_another_size_is_refused():
         interleave_dense(torch.ones(4, 8, device="meta"))
 
 
+@given(pattern=PATTERNS, dtype=KEPT, rows=st.integers(1, 40), groups=st.integers(1, 40), seed=st.integers(0, 1 << 20))
+def test_an_interleaved_weight_is_packed_again_to_the_bit(pattern, dtype, rows, groups, seed):
+    generator = torch.Generator().manual_seed(seed)
+    weight = packed(torch.randn((rows, groups * pattern.m), generator=generator), pattern, dtype)
+    again = packed_again(interleave(weight))
+    assert torch.equal(again.values, weight.values)
+    assert torch.equal(again.bitmask, weight.bitmask)
+
+
 def test_int8_values_come_with_a_scale():
     weight = to_int8(pack(torch.randn(16, 64), NMPattern(2, 4)))
     with pytest.raises(ValueError, match="expected a scale with int8 weights, found none"):
@@ -268,12 +277,3 @@ def test_backend_choice(monkeypatch):
     monkeypatch.setenv("MASKPRO_KERNEL", "auto")
     with pytest.raises(UnsupportedKernelError, match=r"no kernel for pattern 2:4, .*triton: does not cover"):
         select_backend(pattern, torch.float64, torch.bfloat16, "cuda")
-
-
-@given(pattern=PATTERNS, dtype=KEPT, rows=st.integers(1, 40), groups=st.integers(1, 40), seed=st.integers(0, 1 << 20))
-def test_an_interleaved_weight_is_packed_again_to_the_bit(pattern, dtype, rows, groups, seed):
-    generator = torch.Generator().manual_seed(seed)
-    weight = packed(torch.randn((rows, groups * pattern.m), generator=generator), pattern, dtype)
-    again = packed_again(interleave(weight))
-    assert torch.equal(again.values, weight.values)
-    assert torch.equal(again.bitmask, weight.bitmask)
