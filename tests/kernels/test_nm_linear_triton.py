@@ -229,7 +229,8 @@ def test_2_to_4_compiles_to_what_its_speed_rests_on(capability: int, product: st
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    ("values", "n", "m", "expand"), [("*i64", 4, 8, 0), ("*i32", 2, 8, 0), ("*bf16", 6, 8, 1), ("*bf16", 16, 32, 1)]
+    ("values", "n", "m", "expand"),
+    [("*i32", 2, 8, 3), ("*i64", 4, 8, 3), ("*i64", 8, 16, 3), ("*bf16", 6, 8, 1), ("*bf16", 16, 32, 1)],
 )
 def test_other_patterns_compile(values: str, n: int, m: int, expand: int, tmp_path: Path) -> None:
     code = compiled(tmp_path, values, n, m, expand, 90, 64, 128, 16, 4, 3)

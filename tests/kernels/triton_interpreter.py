@@ -32,7 +32,7 @@ def _dot(self, a, b, d, input_precision, max_num_imprecise_acc):
 
 def complete() -> None:
     """Completes the interpreter, and gives it our byte permutation."""
-    from maskpro_kernels.triton import expand
+    from maskpro_kernels.triton import permute
 
     InterpreterBuilder.create_dot = _dot
-    expand._byte_permute = byte_permute
+    permute._byte_permute = byte_permute
