@@ -64,9 +64,9 @@ class Case:
 def cases() -> list[Case]:
     found = []
     for i, pattern in enumerate(EVERY_PATTERN):  # a number of groups that ends inside a tile, in turn by every dtype
-        columns = pattern.m * (40 // pattern.m + 2 + i % 2)
+        columns = pattern.m * (40 // pattern.m + 1 + i % 2)
         bias = (None, F32, BF16)[i % 3]
-        found.append(Case(pattern, DTYPES[i % len(DTYPES)], 1 + i % 5, in_features=columns, bias=bias))
+        found.append(Case(pattern, DTYPES[i % len(DTYPES)], 1 + i % 5, 11, columns, bias=bias))
     for pattern in (NMPattern(2, 4), NMPattern(4, 8), NMPattern(3, 4)):
         found += [Case(pattern, dtypes, bias=F32) for dtypes in DTYPES]
     two_of_four = NMPattern(2, 4)
@@ -87,7 +87,7 @@ CASES = cases()
 
 
 def run(case: Case, device: str = "cpu") -> dict[str, torch.Tensor]:
-    """The kernel's product, twice where it is split; the dense weight; the product by way of that."""
+    """The kernel's product, twice where it is split; the dense weight, and of the smallest the product with that."""
     from maskpro_kernels.cuda import dispatch
     from maskpro_kernels.cuda.plans import Plan
     from maskpro_kernels.triton.nm_linear import expand
@@ -97,9 +97,10 @@ def run(case: Case, device: str = "cpu") -> dict[str, torch.Tensor]:
     arguments = (x, weight.values, weight.bitmask, weight.scale, bias, case.pattern, case.tile)
     again = multiply(*arguments) if case.tile.splits > 1 else None
     dense = expand(weight.values, weight.bitmask, case.in_features, case.pattern, weight.values.dtype)
-    operands = dispatch.Operands(*arguments[:-1])
-    expanded = dispatch.run(Plan("expand"), operands)
-    assert dispatch.right(operands, dispatch.expected_output(operands), expanded)
+    if case.in_features <= 96 and case.pattern.m < 16:
+        operands = dispatch.Operands(*arguments[:-1])
+        expanded = dispatch.run(Plan("expand"), operands)
+        assert dispatch.right(operands, dispatch.expected_output(operands), expanded), str(case)
     return {"y": multiply(*arguments).cpu(), "again": None if again is None else again.cpu(), "dense": dense.cpu()}
 
 
@@ -229,7 +230,8 @@ def test_2_to_4_compiles_to_what_its_speed_rests_on(capability: int, product: st
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    ("values", "n", "m", "expand"), [("*i64", 4, 8, 0), ("*i32", 2, 8, 0), ("*bf16", 6, 8, 1), ("*bf16", 16, 32, 1)]
+    ("values", "n", "m", "expand"),
+    [("*i32", 2, 8, 3), ("*i64", 4, 8, 3), ("*i64", 8, 16, 3), ("*bf16", 6, 8, 1), ("*bf16", 16, 32, 1)],
 )
 def test_other_patterns_compile(values: str, n: int, m: int, expand: int, tmp_path: Path) -> None:
     code = compiled(tmp_path, values, n, m, expand, 90, 64, 128, 16, 4, 3)

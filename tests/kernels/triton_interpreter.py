@@ -30,9 +30,17 @@ def _dot(self, a, b, d, input_precision, max_num_imprecise_acc):
     return TensorHandle(_as_float(a) @ _as_float(b) + d.data, d.dtype.scalar)
 
 
+def _signed_to_float(self, source, to):
+    """By way of float32; the interpreter's own makes integers the bits of a bfloat16."""
+    if to.scalar != tl.bfloat16:
+        return self.cast_impl(source, to)
+    return self.cast_impl(self.cast_impl(source, tl.float32), tl.bfloat16)
+
+
 def complete() -> None:
     """Completes the interpreter, and gives it our byte permutation."""
-    from maskpro_kernels.triton import expand
+    from maskpro_kernels.triton import permute
 
     InterpreterBuilder.create_dot = _dot
-    expand._byte_permute = byte_permute
+    InterpreterBuilder.create_si_to_fp = _signed_to_float
+    permute._byte_permute = byte_permute

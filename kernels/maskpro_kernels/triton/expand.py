@@ -1,22 +1,19 @@
 """From the stored bytes to a dense tile, in the registers of a GPU: kept values and bitmask in, zeros put back.
 
-A tile is BLOCK_O rows of BLOCK_K columns, cut into groups of M. What every column needs is its *rank*, the number of
-kept columns before it in its group. Counting bits is slow (16 lanes a clock of a Hopper SM, where other integer
-operations have 64), so a byte of mask is dealt to eight nibbles and multiplied by 0x11111110: nibble k of the product
-is the sum of the nibbles below it, the rank of column k. Planes of constant k then take a shift and a mask each.
+A tile is BLOCK_O rows of BLOCK_K columns, cut into groups of M. EXPAND says how the values get to their columns:
 
-A column's value comes from one of three places, EXPAND:
-
-- WORD: all kept values of a group are one integer of 8 to 64 bits, which is read whole, neighbours side by side;
-  shifted right by rank * bits it begins with the value wanted. 1, 2 or 4 kept of 16 bits, 1 to 8 of 8 bits.
-- GATHER: the value is loaded from values[rank]. Works for every N; the M loads of a group fall into the N values that
+- PERMUTE, of 2:4 with 16 bits, and QUAD, of 1, 2, 4 or 8 kept with 16 bits: byte permutations (permute.py). Values are
+  read as integers of 16 to 64 bits that hold a group, or half of 8 kept ones, neighbours side by side.
+- WORD, of int8 and float32: all kept values of a group are one integer of 8 to 64 bits; shifted right by rank * bits it
+  begins with the value wanted.
+- GATHER, of every other N: the value is loaded from values[rank]. The M loads of a group fall into the N values that
   lie side by side, so memory is read once and the cache's bandwidth is what is spent.
-- PERMUTE, for 2:4 of 16 bits: a group's two values are one word and its four columns are two; each of these is one byte
-  permutation (PRMT) of the word and of zeros. Of its selectors a table of eight is known by the low three bits of the
-  group's mask, which differ for all six masks of 2:4, and a byte permutation of constants looks up four groups at once.
-  1.25 instructions a weight, where WORD takes about 5.
 
-Planes are joined so that a thread holds neighbouring columns side by side: joining is a renaming of registers.
+What a column needs is its *rank*, the number of kept columns before it in its group. Counting bits is slow (16 lanes a
+clock of a Hopper SM, where other integer operations have 64), so a byte of mask is dealt to eight nibbles and
+multiplied by 0x11111110: nibble k of the product is the sum of the nibbles below it, the rank of column k. Planes of
+constant k then take a shift and a mask each. They are joined so that a thread holds neighbouring columns side by side:
+joining is a renaming of registers.
 """
 
 # ruff: noqa: N803, N806, RET505, SIM108  (constants in capitals, branches that are compiled: Triton's own style)
@@ -26,17 +23,13 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra import libdevice
+
+from maskpro_kernels.triton.permute import quads, two_of_four
 
 WORD = tl.constexpr(0)
 GATHER = tl.constexpr(1)
 PERMUTE = tl.constexpr(2)
-
-
-@triton.jit
-def _byte_permute(low, high, selector):
-    """PRMT: byte i of the result is byte (selector >> 4i) & 7 of the eight in (high, low)."""
-    return libdevice.byte_perm(low, high, selector)
+QUAD = tl.constexpr(3)
 
 
 @triton.jit
@@ -124,45 +117,6 @@ def _load_bits(
 
 
 @triton.jit
-def _permuted_pair(word, selectors_even, selectors_odd, GROUP: tl.constexpr):
-    """Two neighbouring columns of the GROUP-th of four groups, as one word."""
-    zeros = tl.zeros(word.shape, tl.int32)
-    selector = _byte_permute(selectors_even, selectors_odd, zeros + (GROUP | ((4 + GROUP) << 4)))
-    return _byte_permute(word, zeros, selector)
-
-
-@triton.jit
-def _expand_permuted(
-    values, bitmask, rows, kept, stride, first, in_features,
-    MASK: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
-    """uint16 (BLOCK_O, BLOCK_K) of 2:4, four groups to a unit."""
-    UNITS: tl.constexpr = BLOCK_K // 16
-    bits = _load_bits(bitmask, rows, stride, first, in_features, MASK, 16, BLOCK_K, EVEN).to(tl.int32)
-    group = first // 4 + tl.arange(0, BLOCK_K // 4)[None, :]
-    words = _load(values + rows[:, None] * (kept // 2) + group, group * 4 < in_features, EVEN)
-    w02, w13 = tl.split(tl.reshape(words, [BLOCK_O, UNITS, 2, 2]))
-    w0, w2 = tl.split(w02)
-    w1, w3 = tl.split(w13)
-    # Where the two bytes of a column come from, by the low three bits of its group's mask: 0x10 is the first value,
-    # 0x32 the second, 0x44 zeros. 0 is a group outside the weight, 7 no 2:4.
-    which = bits & 0x7777
-    zeros = tl.zeros(bits.shape, tl.int32)
-    s0 = _byte_permute(zeros + 0x10441044, zeros + 0x44441044, which)
-    s1 = _byte_permute(zeros + 0x32104444, zeros + 0x44104444, which)
-    s2 = _byte_permute(zeros + 0x44444444, zeros + 0x44323210, which)
-    s3 = _byte_permute(zeros + 0x44323244, zeros + 0x44444432, which)
-    p0 = tl.join(_permuted_pair(w0, s0, s1, 0), _permuted_pair(w0, s2, s3, 0))
-    p1 = tl.join(_permuted_pair(w1, s0, s1, 1), _permuted_pair(w1, s2, s3, 1))
-    p2 = tl.join(_permuted_pair(w2, s0, s1, 2), _permuted_pair(w2, s2, s3, 2))
-    p3 = tl.join(_permuted_pair(w3, s0, s1, 3), _permuted_pair(w3, s2, s3, 3))
-    # The axes after UNITS: pair of the group, group / 2, group % 2.
-    pairs = tl.permute(tl.join(tl.join(p0, p2), tl.join(p1, p3)), [0, 1, 3, 4, 2])
-    pairs = tl.reshape(pairs, [BLOCK_O, BLOCK_K // 2])
-    return tl.reshape(tl.join(pairs.to(tl.uint16), (pairs >> 16).to(tl.uint16)), [BLOCK_O, BLOCK_K])
-
-
-@triton.jit
 def expand_tile(
     values, bitmask, rows, kept, stride, first, in_features,
     N: tl.constexpr, M: tl.constexpr, DTYPE: tl.constexpr, EXPAND: tl.constexpr, MASK: tl.constexpr,
@@ -178,8 +132,22 @@ def expand_tile(
         in_features: columns past it give zeros; EVEN says that there are none.
     """
     if EXPAND == PERMUTE:
-        tile = _expand_permuted(values, bitmask, rows, kept, stride, first, in_features, MASK, BLOCK_O, BLOCK_K, EVEN)
-        tile = tile.to(DTYPE, bitcast=True)
+        bits = _load_bits(bitmask, rows, stride, first, in_features, MASK, 16, BLOCK_K, EVEN)
+        group = first // 4 + tl.arange(0, BLOCK_K // 4)[None, :]
+        words = _load(values + rows[:, None] * (kept // 2) + group, group * 4 < in_features, EVEN)
+        tile = two_of_four(words, bits, BLOCK_O, BLOCK_K).to(DTYPE, bitcast=True)
+    elif EXPAND == QUAD:
+        GROUPS: tl.constexpr = BLOCK_K // M
+        bits = _load_bits(bitmask, rows, stride, first, in_features, MASK, M, BLOCK_K, EVEN)
+        if N == 8:
+            word = 2 * (first // M) + tl.arange(0, 2 * GROUPS)[None, :]
+            words = _load(values + rows[:, None] * (kept // 4) + word, word // 2 * M < in_features, EVEN)
+            w0, w1 = tl.split(tl.reshape(words.to(tl.uint64), [BLOCK_O, GROUPS, 2]))
+        else:
+            group = first // M + tl.arange(0, GROUPS)[None, :]
+            w0 = _load(values + rows[:, None] * (kept // N) + group, group * M < in_features, EVEN).to(tl.uint64)
+            w1 = w0
+        tile = quads(w0, w1, bits, N, M, BLOCK_O, BLOCK_K).to(DTYPE, bitcast=True)
     else:
         bits = _load_bits(bitmask, rows, stride, first, in_features, MASK, M, BLOCK_K, EVEN)
         r0 = _ranks_of_byte(bits & 0xFF)

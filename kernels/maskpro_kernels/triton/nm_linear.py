@@ -32,13 +32,13 @@ import triton.language as tl
 from torch import Tensor
 
 from maskpro_kernels.pattern import NMPattern
-from maskpro_kernels.triton.expand import GATHER, PERMUTE, WORD, expand_tile
+from maskpro_kernels.triton.expand import GATHER, PERMUTE, QUAD, WORD, expand_tile
 from maskpro_kernels.triton.tile import Tile
 
 _ADD_BLOCK = 1024
 _EXPAND_ROWS, _EXPAND_COLUMNS = 32, 128
 
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INTEGERS = {1: torch.uint8, 2: torch.uint16, 4: torch.int32, 8: torch.int64}
 _MASKS = {8: torch.uint8, 16: torch.uint16, 32: torch.uint32}
 _TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.int8: tl.int8}
 
@@ -140,12 +140,15 @@ def _stored(values: Tensor, bitmask: Tensor, in_features: int, pattern: NMPatter
     if bitmask.data_ptr() % (mask // 8):
         bitmask = bitmask.clone()  # torch aligns it
     group = n * dtype.itemsize
-    if group in _INTEGERS and values.data_ptr() % group == 0:
-        permutes = (n, m) == (2, 4) and dtype.itemsize == 2 and mask > 8
-        expand = PERMUTE if permutes else WORD
-        values = values.view(_INTEGERS[group])
-    else:
+    word = min(group, 8)
+    if values.data_ptr() % word or (group not in _INTEGERS and (group, dtype.itemsize) != (16, 2)):
         expand = GATHER
+    elif dtype.itemsize == 2:
+        expand = PERMUTE if (n, m) == (2, 4) and mask > 8 else QUAD
+    else:
+        expand = WORD
+    if expand is not GATHER:
+        values = values.view(_INTEGERS[word])
     return _Stored(
         values,
         bitmask if mask == 8 else bitmask.view(_MASKS[mask]),
