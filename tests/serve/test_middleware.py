@@ -1,0 +1,151 @@
+"""The two middlewares around an application of our own: what ends how, and what is written of it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+
+import pytest
+
+from maskpro_serve import lifecycle
+from maskpro_serve.lifecycle import Lifecycle, Process
+from maskpro_serve.request_log import RequestLog
+
+STREAM = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]}
+
+
+@pytest.fixture
+def process(monkeypatch):
+    fresh = Process()
+    monkeypatch.setattr(lifecycle, "PROCESS", fresh)
+    return fresh
+
+
+@pytest.fixture
+def lines(monkeypatch):
+    """What is logged, parsed."""
+    monkeypatch.setenv("MASKPRO_REQUEST_LOG", "off")
+    written: list[dict[str, object]] = []
+    logger = logging.getLogger("maskpro.requests")
+    handler = logging.Handler()
+    handler.emit = lambda record: written.append(json.loads(record.getMessage()))
+    logger.addHandler(handler)
+    yield written
+    logger.handlers.clear()
+
+
+async def call(app, path="/v1/completions", headers=(), received=()):
+    """Runs one request to its end; the messages that were sent."""
+    sent, pending = [], list(received)
+
+    async def receive():
+        if pending:
+            return pending.pop(0)
+        return await asyncio.get_running_loop().create_future()
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": path, "headers": list(headers)}
+    await app(scope, receive, send)
+    return sent
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_the_drain_ends_what_it_cannot_finish(process, lines, stream):
+    async def run():
+        begun = asyncio.Event()
+
+        async def application(scope, receive, send):
+            if stream:
+                await send(STREAM)
+                await send({"type": "http.response.body", "body": b"data: {}\n\n", "more_body": True})
+            begun.set()
+            await asyncio.get_running_loop().create_future()
+
+        request = asyncio.ensure_future(call(RequestLog(Lifecycle(application))))
+        await begun.wait()
+        assert process.requests == {request}
+        process._end_requests()
+        return await asyncio.wait_for(request, 5)
+
+    sent = asyncio.run(run())
+    assert not process.requests
+    assert not sent[-1].get("more_body")
+    if stream:
+        assert b"before the answer was complete" in sent[-1]["body"]
+    else:
+        assert sent[0]["status"] == 503
+    assert lines[0]["outcome"] == ("failed" if stream else "rejected")
+
+
+def test_a_request_that_its_client_cancels_is_no_drain(process, lines):
+    async def application(scope, receive, send):
+        raise asyncio.CancelledError
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(call(RequestLog(Lifecycle(application))))
+    assert lines[0]["outcome"] == "failed"
+
+
+@pytest.mark.parametrize(("path", "refused"), [("/v1/models", True), ("/ready", True), ("/metrics", False)])
+def test_new_requests_are_refused_while_stopping(process, lines, path, refused):
+    async def application(scope, receive, send):
+        await send({**STREAM, "status": 204})
+        await send({"type": "http.response.body"})
+
+    process.stopping = True
+    sent = asyncio.run(call(RequestLog(Lifecycle(application)), path))
+    assert sent[0]["status"] == (503 if refused else 204)
+    assert ((b"connection", b"close") in sent[0]["headers"]) == refused
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [(b"abc-1:2.3_4", True), (b"two words", False), (b"x" * 129, False), (b"\xff", False), (b"", False)],
+)
+def test_ids(process, lines, given, kept):
+    seen = []
+
+    async def application(scope, receive, send):
+        seen.extend(value for name, value in scope["headers"] if name == b"x-request-id")
+        await send({**STREAM, "headers": [(b"X-Request-Id", b"another")]})
+        await send({"type": "http.response.body"})
+
+    sent = asyncio.run(call(RequestLog(application), headers=[(b"x-request-id", given)]))
+    returned = [value for name, value in sent[0]["headers"] if name.lower() == b"x-request-id"]
+    assert returned == seen == [str(lines[0]["id"]).encode()]
+    assert (returned == [given]) == kept
+    assert kept or len(returned[0]) == 32
+
+
+@pytest.mark.parametrize(
+    ("pieces", "tokens", "outcome"),
+    [
+        ([b'{"choices":[],"usage":{"prompt_tokens":3,"completion_tokens":4}}'], (3, 4), "completed"),
+        ([b'data: {"usage":{"prompt_tokens":5,"completion_tokens":6}}\n\n', b"data: [DONE]\n\n"], (5, 6), "completed"),
+        ([b'data: {"text":"\\"usage\\":{\\"prompt_tokens\\":1}"}\n\n'], (None, None), "completed"),
+        ([b'{"usage":{"prompt_tokens":'], (None, None), "completed"),
+        ([b'data: {"text":"a"}\n\n', b'data: {"error":{"message":"dead"}}\n\n'], (None, None), "failed"),
+    ],
+)
+def test_tokens_and_errors_are_read_from_the_answer(process, lines, pieces, tokens, outcome):
+    async def application(scope, receive, send):
+        await send(STREAM)
+        for piece in pieces:
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body"})
+
+    asyncio.run(call(RequestLog(application)))
+    assert (lines[0]["prompt_tokens"], lines[0]["completion_tokens"]) == tokens
+    assert lines[0]["outcome"] == outcome
+
+
+def test_a_client_that_leaves(process, lines):
+    async def application(scope, receive, send):
+        await send(STREAM)
+        assert (await receive())["type"] == "http.disconnect"
+
+    asyncio.run(call(RequestLog(application), received=[{"type": "http.disconnect"}]))
+    assert lines[0]["outcome"] == "disconnected"
