@@ -34,7 +34,7 @@ from workloads import WORKLOADS
 
 SERVER_FLAGS = "--max-model-len 2048 --kv-cache-memory-bytes 1G"
 QUICK = {
-    "concurrency": [1, 8], "rates": [], "rounds": 2, "requests_per_user": 2, "least_requests": 3,
+    "concurrency": [1, 8], "rates": [], "rounds": 2, "requests_per_user": 1, "least_requests": 2,
     "flags": f"{SERVER_FLAGS} --enforce-eager",
 }  # fmt: skip
 """Compiling takes longer than all of a quick comparison."""
