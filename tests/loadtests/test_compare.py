@@ -117,14 +117,14 @@ def test_the_markdown_says_the_same(output):
 
 
 def test_a_comparison_goes_on_where_it_was_stopped(repository, tmp_path, sides):
-    flags = ["--concurrency", "1", "--rates", "--rounds", "3", "--least-requests", "1", "--no-calibration"]
+    flags = ["--concurrency", "1", "--rates", "--rounds", "2", "--least-requests", "1", "--no-calibration"]
     flags += ["--requests-per-user", "1"]
-    assert compare(repository, tmp_path, *sides, *flags, "--stop-after", 3).returncode == 3
+    assert compare(repository, tmp_path, *sides, *flags, "--stop-after", 1.5).returncode == 3
     first = {path: path.read_bytes() for path in (tmp_path / "cells").iterdir()}
-    assert 0 < len(first) < 6
+    assert 0 < len(first) < 4
     done = compare(repository, tmp_path, *sides, *flags)
     assert done.returncode == 0
-    assert f"{len(first)} runs of 6 are there" in done.stderr
+    assert f"{len(first)} runs of 4 are there" in done.stderr
     assert all(path.read_bytes() == content for path, content in first.items())
 
 
