@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -136,13 +137,18 @@ def report(runs: dict[str, list[dict[str, float]]], arguments: argparse.Namespac
         print(f"| {title} | {values} | {ratios[name]:.3f} |")
     if arguments.json:
         content: dict[str, Any] = {
-            "command": " ".join(["python", "loadtests/agreement.py", *sys.argv[1:]]),
+            "command": shlex.join(["python", "loadtests/agreement.py", *map(_without_folder, sys.argv[1:])]),
             "machine": machine(),
             "versions": versions(),
             "rounds": runs,
             "median_ratio": ratios,
         }
         arguments.json.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _without_folder(argument: str) -> str:
+    """Where this machine keeps a folder is nobody's business."""
+    return Path(argument).name if Path(argument).is_absolute() else argument
 
 
 if __name__ == "__main__":

@@ -34,12 +34,10 @@ from workloads import WORKLOADS
 
 SERVER_FLAGS = "--max-model-len 2048 --kv-cache-memory-bytes 1G"
 QUICK = {
-    "concurrency": [1, 8], "rates": [], "rounds": 2, "requests_per_user": 2, "least_requests": 3,
+    "concurrency": [1, 8], "rates": [], "rounds": 2, "requests_per_user": 1, "least_requests": 2,
     "flags": f"{SERVER_FLAGS} --enforce-eager",
 }  # fmt: skip
 """Compiling takes longer than all of a quick comparison."""
-IDLE_SECONDS = 2.0
-"""Between runs: vLLM's engine spins for a second after its last message, and would take a core from the other."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -81,6 +79,8 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--fresh", action="store_true", help="do not go on with an unfinished comparison")
     run.add_argument("--stop-after", type=float, default=float("inf"), metavar="SECONDS",
         help="begin no run after that; the same command again goes on")  # fmt: skip
+    run.add_argument("--idle", type=float, default=2.0, help="seconds between runs (default 2: vLLM's engine spins for "
+        "one after its last message, and would take a core from the other)")  # fmt: skip
     run.add_argument("--no-calibration", action="store_true", help="leave out the runs against the stub")
     run.add_argument("--report-only", action="store_true", help="write the report again from what is measured")
     return parser
@@ -139,7 +139,7 @@ def plan_from(arguments: argparse.Namespace) -> Plan:
     )
 
 
-def measure(results: Results, deadline: float) -> bool:
+def measure(results: Results, deadline: float, idle: float) -> bool:
     """Runs the cells that are not there yet; returns whether all are."""
     missing = [cell for cell in results.cells() if kept_result(results.path(cell), results.settings(cell)) is None]
     if not missing:
@@ -152,7 +152,7 @@ def measure(results: Results, deadline: float) -> bool:
         for number, cell in enumerate(missing, 1):
             if time.monotonic() > deadline:
                 return False
-            time.sleep(IDLE_SECONDS)
+            time.sleep(idle)
             side = sides[cell.endpoint]
             run = run_cell(side.url, side.model, results.settings(cell), results.path(cell))
             tokens = sum(record.completion_tokens for record in run.records)
@@ -188,7 +188,7 @@ def main() -> int:
         if not arguments.report_only:
             results.open(fresh=arguments.fresh, command=shlex.join(["python", "loadtests/compare.py", *sys.argv[1:]]))
             results.note_machine(machine(), versions())
-            if not measure(results, begin + arguments.stop_after):
+            if not measure(results, begin + arguments.stop_after, arguments.idle):
                 print(f"stopped after {time.monotonic() - begin:.0f} s; the same command goes on", file=sys.stderr)
                 return 3
             if not arguments.no_calibration:

@@ -21,7 +21,6 @@ from load_run import LoadRun
 from load_settings import LoadSettings
 from locust import User, events, task
 from locust.env import Environment
-from locust.exception import StopTest
 from locust.runners import MasterRunner, WorkerRunner
 from records import Record
 from streaming import StreamingClient, first_model
@@ -146,7 +145,7 @@ class OpenAIUser(User):
 
     def on_start(self) -> None:
         if self.environment.load_run is None:
-            raise StopTest("nothing to run")
+            raise gevent.GreenletExit  # there is nothing to run, and the runner is about to quit
         self._number = self.environment.load_run.join()
 
     @task

@@ -14,14 +14,15 @@ from xml.etree import ElementTree
 
 import pytest
 from calibration import Pace, calibrate
+from compare import endpoints_from, parser, plan_from
 from load_settings import LoadSettings
 
-QUICK = ["--rounds", "2", "--concurrency", "1", "2", "--rates", "8", "--requests-per-user", "1",
-         "--least-requests", "2", "--open-seconds", "0.5", "--no-calibration"]  # fmt: skip
+QUICK = ["--rounds", "2", "--concurrency", "2", "--rates", "8", "--requests-per-user", "1", "--open-seconds", "0.5",
+         "--least-requests", "2", "--no-calibration"]  # fmt: skip
 
 
 def compare(repository: Path, output: Path, *flags: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, repository / "loadtests" / "compare.py", "--output", output, *flags]
+    command = [sys.executable, repository / "loadtests" / "compare.py", "--output", output, "--idle", 0, *flags]
     return subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=180)
 
 
@@ -45,7 +46,7 @@ def output(tmp_path_factory, sides) -> Path:
 
 def test_the_numbers(output):
     report = json.loads((output / "report.json").read_text())
-    assert [load["label"] for load in report["loads"]] == ["1 user", "2 users", "8/s"]
+    assert [load["label"] for load in report["loads"]] == ["2 users", "8/s"]
     for load in report["loads"]:
         one, two = load["endpoints"]["one"], load["endpoints"]["two"]
         assert one["failed"] == two["failed"] == 0
@@ -55,15 +56,15 @@ def test_the_numbers(output):
         assert all(each["low"] <= each["ratio"] <= each["high"] for each in load["ratios"].values())
     assert report["machine"]["cores"] >= 1
     assert report["versions"]["locust"]
-    assert "--concurrency 1 2" in report["command"]
+    assert "--concurrency 2" in report["command"]
 
 
 def test_the_runs(output):
     rows = list(csv.DictReader((output / "runs.csv").open()))
     assert [(row["endpoint"], row["users"], row["round"]) for row in rows[:4]] == [
-        ("one", "1", "1"), ("two", "1", "1"), ("one", "2", "1"), ("two", "2", "1"),
+        ("one", "2", "1"), ("two", "2", "1"), ("one", "0", "1"), ("two", "0", "1"),
     ]  # fmt: skip
-    assert len(rows) == 12
+    assert len(rows) == 8
     assert len({row["seed"] for row in rows}) == 2  # one a round
     for row in rows:
         assert float(row["ttft_p50"]) > 0.05
@@ -116,13 +117,14 @@ def test_the_markdown_says_the_same(output):
 
 
 def test_a_comparison_goes_on_where_it_was_stopped(repository, tmp_path, sides):
-    flags = ["--concurrency", "1", "--rates", "--rounds", "3", "--least-requests", "1", "--no-calibration"]
-    assert compare(repository, tmp_path, *sides, *flags, "--stop-after", 6).returncode == 3
+    flags = ["--concurrency", "1", "--rates", "--rounds", "2", "--least-requests", "1", "--no-calibration"]
+    flags += ["--requests-per-user", "1"]
+    assert compare(repository, tmp_path, *sides, *flags, "--stop-after", 1.5).returncode == 3
     first = {path: path.read_bytes() for path in (tmp_path / "cells").iterdir()}
-    assert 0 < len(first) < 6
+    assert 0 < len(first) < 4
     done = compare(repository, tmp_path, *sides, *flags)
     assert done.returncode == 0
-    assert f"{len(first)} runs of 6 are there" in done.stderr
+    assert f"{len(first)} runs of 4 are there" in done.stderr
     assert all(path.read_bytes() == content for path, content in first.items())
 
 
@@ -160,13 +162,19 @@ def test_failed_requests_are_an_exit_code(stub, repository, tmp_path, sides):
         (["--name-a", "a/b"], "name 'a/b': expected letters"),
         (["--env-a", "X"], "variable 'X': expected NAME=VALUE"),
         (["--concurrency", "0"], "concurrencies and rates above 0"),
-        (["--report-only"], "expected a measured run, found none"),
+        (["--concurrency", "--rates"], "one round or more"),
     ],
 )
-def test_bad_input_is_one_sentence(repository, tmp_path, flags, sentence):
-    done = compare(repository, tmp_path, *flags)
+def test_bad_input_is_one_sentence(flags, sentence):
+    arguments = parser().parse_args(flags)
+    with pytest.raises(ValueError, match=sentence):
+        endpoints_from(arguments), plan_from(arguments)
+
+
+def test_bad_input_is_exit_code_2(repository, tmp_path):
+    done = compare(repository, tmp_path, "--report-only")
     assert done.returncode == 2
-    assert sentence in done.stderr
+    assert "expected a measured run, found none" in done.stderr
     assert "Traceback" not in done.stderr
 
 
