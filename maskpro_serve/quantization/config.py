@@ -48,6 +48,14 @@ class MaskProConfig(QuantizationConfig):
     def __repr__(self) -> str:
         return f"MaskProConfig({self.format})"
 
+    @property
+    def values(self) -> str | None:
+        """What the kept values are stored as, where that is not the model's own dtype."""
+        if isinstance(self.format, PackedFormat):
+            return self.format.values
+        kinds = {str(scheme.values).removeprefix("torch.") for _, scheme in self.format.groups}
+        return "+".join(sorted(kinds)) or None
+
     @classmethod
     def get_name(cls) -> str:
         return "maskpro"
