@@ -9,8 +9,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from maskpro_kernels.packed_checkpoint import QUANT_METHOD
 from maskpro_learner.errors import ModelError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -47,7 +54,13 @@ def load_model(name: str, dtype: torch.dtype, device: str = "cpu") -> PreTrained
     check_model(name)
     loaded: Any  # transformers' types leave out output_loading_info
     try:
+        config, _ = PreTrainedConfig.get_config_dict(name)
+        found = config.get("quantization_config")
+        if isinstance(found, dict) and found.get("quant_method") == QUANT_METHOD:
+            raise ModelError(f"{name}: expected a dense model, found one that maskpro-pack has packed")
         loaded = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
+    except ModelError:
+        raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{name}: not a readable causal language model: {_first_line(error)}") from error
     model: PreTrainedModel = loaded[0]
