@@ -87,7 +87,7 @@ CASES = cases()
 
 
 def run(case: Case, device: str = "cpu") -> dict[str, torch.Tensor]:
-    """The kernel's product, twice where it is split in four; the dense weight, and of the smallest the product with that."""
+    """The kernel's product, twice where it is split in four, and the dense weight."""
     from maskpro_kernels.cuda import dispatch
     from maskpro_kernels.cuda.plans import Plan
     from maskpro_kernels.triton.nm_linear import expand
