@@ -183,10 +183,19 @@ def nm_linear(
             partial, x, stored.values, stored.bitmask, None if split else scale, None if split else bias, tokens,
             **stored.sizes, **stored.constants, BLOCK_O=tile.rows, BLOCK_K=tile.columns, BLOCK_T=tile.tokens,
             SPLIT=split, EVEN=in_features % tile.columns == 0, num_warps=tile.warps, num_stages=tile.stages,
+            enable_fp_fusion=True,
         )  # fmt: skip
         if split:
             _add_splits[(triton.cdiv(y.numel(), _ADD_BLOCK),)](
-                y, partial, scale, bias, y.numel(), out_features, SPLITS=tile.splits, BLOCK=_ADD_BLOCK
+                y,
+                partial,
+                scale,
+                bias,
+                y.numel(),
+                out_features,
+                SPLITS=tile.splits,
+                BLOCK=_ADD_BLOCK,
+                enable_fp_fusion=True,
             )
     return y
 
@@ -204,6 +213,6 @@ def expand(values: Tensor, bitmask: Tensor, in_features: int, pattern: NMPattern
     with torch.cuda.device_of(values):
         _expand[grid](
             dense, stored.values, stored.bitmask, **stored.sizes, **stored.constants, BLOCK_O=_EXPAND_ROWS,
-            BLOCK_K=_EXPAND_COLUMNS, EVEN=in_features % _EXPAND_COLUMNS == 0,
+            BLOCK_K=_EXPAND_COLUMNS, EVEN=in_features % _EXPAND_COLUMNS == 0, enable_fp_fusion=True,
         )  # fmt: skip
     return dense
