@@ -26,6 +26,9 @@ FLAGS = [
     "--max-num-seqs", str(SEQUENCES),
 ]  # fmt: skip
 
+ONE_THREAD = {"VLLM_CPU_OMP_THREADS_BIND": str(min(os.sched_getaffinity(0)))}
+"""Two threads on this model do nothing but wait for each other, for ever where a core is busy with something else."""
+
 
 def with_tokenizer(packed: Path, folder: Path) -> Path:
     """A copy of the packed tiny model whose tokens are bytes."""

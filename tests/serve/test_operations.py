@@ -15,6 +15,7 @@ import yaml
 from operated import (
     FLAGS,
     MODEL,
+    ONE_THREAD,
     SEQUENCES,
     Load,
     complete,
@@ -43,7 +44,7 @@ def server(tiny, tmp_path_factory):
     """A server that asks for a key and times every tenth kernel call; the module's last test kills its engine."""
     folder = tmp_path_factory.mktemp("operated")
     model = with_tokenizer(tiny["packed"], folder / "model")
-    environment = {"MASKPRO_KERNEL_SAMPLING": "10"}
+    environment = {"MASKPRO_KERNEL_SAMPLING": "10", **ONE_THREAD}
     with Server(["--model", str(model), *FLAGS, "--api-key", KEY], folder / "log", environment) as running:
         yield running
 

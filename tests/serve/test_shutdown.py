@@ -7,7 +7,7 @@ import time
 
 import httpx
 import pytest
-from operated import FLAGS, SEQUENCES, Load, complete, records, sample, wait_until, with_tokenizer
+from operated import FLAGS, ONE_THREAD, SEQUENCES, Load, complete, records, sample, wait_until, with_tokenizer
 from server import Server
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
@@ -22,7 +22,7 @@ def answers(url: str, path: str) -> int | None:
 
 def test_loads_serves_and_drains(tiny, tmp_path):
     model = with_tokenizer(tiny["packed"], tmp_path / "model")
-    server = Server(["--model", str(model), *FLAGS, "--shutdown-timeout", "25"], tmp_path / "log").start()
+    server = Server(["--model", str(model), *FLAGS, "--shutdown-timeout", "25"], tmp_path / "log", ONE_THREAD).start()
     try:
         # While it loads.
         wait_until(lambda: answers(server.url, "/ready") is not None, 120)
@@ -71,7 +71,7 @@ def test_loads_serves_and_drains(tiny, tmp_path):
 
 
 def test_sigterm_while_loading_ends_it_at_once(tiny, tmp_path):
-    server = Server(["--model", str(tiny["packed"]), *FLAGS], tmp_path / "log").start()
+    server = Server(["--model", str(tiny["packed"]), *FLAGS], tmp_path / "log", ONE_THREAD).start()
     try:
         wait_until(lambda: answers(server.url, "/ready") == 503, 120)
         server.send_signal(signal.SIGTERM)
