@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
@@ -31,12 +30,11 @@ STYLE = {
 
 
 def draw(summary: Summary) -> dict[str, Figure]:
-    """Figures by file name; those that the loads give nothing for are left out."""
-    with matplotlib.rc_context(STYLE):
-        figures = {"latency": latency(summary), "ratios": ratios(summary)}
-        if any(load["users"] for load in summary["loads"]):
-            figures = {"throughput": throughput(summary), "knee": knee(summary), **figures}
-        return figures
+    """Figures by file name, to be drawn and saved under :data:`STYLE`; some need loads of a closed loop."""
+    figures = {"latency": latency(summary), "ratios": ratios(summary)}
+    if any(load["users"] for load in summary["loads"]):
+        figures = {"throughput": throughput(summary), "knee": knee(summary), **figures}
+    return figures
 
 
 def _closed(summary: Summary) -> list[Summary]:

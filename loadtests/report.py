@@ -11,6 +11,7 @@ from typing import Any
 
 import figures
 import jinja2
+import matplotlib
 import tables
 from latency import LATENCIES, PERCENTILES, summarize
 from records import RunFile
@@ -39,11 +40,12 @@ def write_report(results: Results) -> int:
     failed = sum(side["failed"] for load in summary["loads"] for side in load["endpoints"].values())
     failed += sum(each["failed"] for each in summary["calibration"])
     images = {}
-    for name, figure in figures.draw(summary).items():
-        figure.savefig(folder / f"{name}.png", dpi=150)
-        svg = io.StringIO()
-        figure.savefig(svg, format="svg", metadata={"Date": None})
-        images[name] = base64.b64encode(svg.getvalue().encode()).decode()
+    with matplotlib.rc_context(figures.STYLE):  # when saved, too: equal numbers are equal files
+        for name, figure in figures.draw(summary).items():
+            figure.savefig(folder / f"{name}.png", dpi=150)
+            svg = io.StringIO()
+            figure.savefig(svg, format="svg", metadata={"Date": None})
+            images[name] = base64.b64encode(svg.getvalue().encode()).decode()
     template = Path(__file__).with_name("report.html.j2").read_text()
     page = jinja2.Environment(autoescape=True).from_string(template)
     shown = tables.tables(summary)

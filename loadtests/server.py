@@ -129,8 +129,13 @@ class Server:
     def memory(self) -> int:
         """Bytes of memory in use by the process and all it started; what they share is counted once."""
         assert self._process is not None
-        parent = psutil.Process(self._process.pid)
-        return sum(int(process.memory_full_info().pss) for process in (parent, *parent.children(recursive=True)))
+        total = 0
+        with contextlib.suppress(psutil.NoSuchProcess):
+            parent = psutil.Process(self._process.pid)
+            for process in (parent, *parent.children(recursive=True)):
+                with contextlib.suppress(psutil.NoSuchProcess):  # ended since
+                    total += process.memory_full_info().pss
+        return total
 
     def log_tail(self, lines: int = 40) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
