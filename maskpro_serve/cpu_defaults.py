@@ -120,6 +120,8 @@ def choose(
     # back on CPU ("'function' object has no attribute 'finalize_loading'") and compiles again at every start;
     # without that artefact a later start finds Inductor's cache.
     default_environment("VLLM_USE_AOT_COMPILE", "0", "later starts reuse the compiled model")
+    # Asked for, not forced: where the kernel's policy is `never`, nothing changes.
+    default_environment("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1", "large pages: fewer translations to look up")
     if libraries:
         default_environment("LD_PRELOAD", ":".join(map(str, libraries)), "faster OpenMP and allocation")
     return Defaults(chosen, extra, reasons)

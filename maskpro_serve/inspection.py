@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from maskpro_kernels import NMPattern
-from maskpro_kernels.model_folder import CheckpointError, TensorInfo, open_safetensors, read_config, read_headers
+from maskpro_kernels.model_folder import CheckpointError, TensorInfo, open_safetensors, read_headers
 from maskpro_kernels.packed_checkpoint import (
     SCALE_SUFFIX,
     SUFFIXES,
@@ -21,6 +21,7 @@ from maskpro_kernels.packed_checkpoint import (
 )
 from maskpro_kernels.support import select_backend
 from maskpro_serve.dense_model import open_dense_model
+from maskpro_serve.served import legacy_format
 from maskpro_serve.zero_patterns import count_zeros
 
 SAMPLE_ROWS = 64
@@ -88,21 +89,14 @@ def inspect(folder: Path) -> Inspection:
         dense = [info for name, info in headers.items() if name.removesuffix(".weight") in packed.ignore]
         layers += tuple(_dense_layer(info) for info in dense if len(info.shape) == 2 and info.name != "lm_head.weight")
         return _inspection(folder, "packed", packed.pattern, layers, headers, packed.provenance or {})
-    legacy = _sparse_24(read_config(folder))
-    if legacy:
-        names = packed_names(headers)
-        pattern = NMPattern(2, 4)
+    legacy = legacy_format(folder)
+    if legacy is not None and legacy.compressed:
+        names, pattern = packed_names(headers), legacy.pattern
         layers = tuple(_packed_layer(headers, name, pattern) for name in names)
         return _inspection(folder, "sparse-24-bitmask", pattern, layers, headers, {})
     model = open_dense_model(folder)
     layers = tuple(_dense_layer(model.headers[name]) for name in model.linears)
     return _inspection(folder, "dense", None, layers, headers, {})
-
-
-def _sparse_24(config: Mapping[str, Any]) -> bool:
-    found = config.get("quantization_config")
-    sparsity = found.get("sparsity_config") if isinstance(found, dict) else None
-    return isinstance(sparsity, dict) and sparsity.get("format") == "sparse-24-bitmask"
 
 
 def _inspection(

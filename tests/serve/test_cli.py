@@ -117,11 +117,13 @@ def test_cpu_defaults_yield_to_the_user():
         "VLLM_CPU_OMP_THREADS_BIND": "0,1",
         "VLLM_CPU_KVCACHE_SPACE": "5",
         "VLLM_USE_AOT_COMPILE": "0",
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
     }
     assert chosen.flags == ["--dtype", "float32"]
-    assert len(chosen.reasons) == 4
+    assert len(chosen.reasons) == 5
     user = ["--dtype=bfloat16", "--kv_cache_memory_bytes", "1G"]
-    chosen = choose(user, {"VLLM_CPU_OMP_THREADS_BIND": "0", "VLLM_USE_AOT_COMPILE": "1"}, **machine)
+    theirs = {"VLLM_CPU_OMP_THREADS_BIND": "0", "VLLM_USE_AOT_COMPILE": "1", "GLIBC_TUNABLES": "glibc.malloc.check=1"}
+    chosen = choose(user, theirs, **machine)
     assert (chosen.environment, chosen.flags) == ({}, [])
     assert choose([], {}, **machine | {"flags": frozenset({"amx_bf16"})}).flags == []
 
