@@ -72,7 +72,7 @@ class LayerTally:
             self._report()
 
     def _report(self) -> None:
-        layers = ", ".join(f"{count} on {backend}" for backend, count in sorted(self._backends.items()))
+        layers = ", ".join(f"{count} on {backend}" for backend, count in sorted(self._backends.items())) or "none"
         logger.info(
             "maskpro: %s linear layers: %s; %.1f MB packed, %.4f of their dense bytes",
             self.pattern,
