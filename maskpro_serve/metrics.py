@@ -154,7 +154,7 @@ class LayerTally:
         KERNEL_THREADS.set(threads)
         if period := sampling_period():
             observe_calls(observe_kernel, period)
-        layers = ", ".join(f"{count} on {backend}" for backend, count in sorted(self._backends.items()))
+        layers = ", ".join(f"{count} on {backend}" for backend, count in sorted(self._backends.items())) or "none"
         logger.info(
             "maskpro: %s linear layers: %s; %.1f MB packed, %.4f of their dense bytes; %d thread%s",
             self.pattern,

@@ -48,6 +48,8 @@ def build(root: Path, name: str) -> tuple[Path, Path, int]:
     kind, more = FAMILIES[name]
     torch.manual_seed(len(name))
     model = AutoModelForCausalLM.from_config(kind(**SIZES, **more)).bfloat16()
+    if name.startswith("gemma"):  # tied and scaled up, random embeddings would answer every token with itself
+        model.get_input_embeddings().weight.data *= 0.05
     for path, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and path != "lm_head":
             module.weight.data *= magnitude_mask(module.weight.detach(), PATTERN)
