@@ -4,8 +4,7 @@
 ARG VLLM_VERSION=0.33.0
 
 FROM vllm/vllm-openai:v${VLLM_VERSION} AS gpu
-# Until the CUDA kernels exist, packed models run on the dense reference there: right, not fast (docs/gpu.md).
-ENV MASKPRO_CACHE=/cache MASKPRO_KERNEL=reference VLLM_CACHE_ROOT=/cache/vllm TORCHINDUCTOR_CACHE_DIR=/cache/inductor
+ENV MASKPRO_CACHE=/cache VLLM_CACHE_ROOT=/cache/vllm TORCHINDUCTOR_CACHE_DIR=/cache/inductor
 WORKDIR /opt/maskpro-serve
 COPY . .
 RUN python3 -m pip install --no-cache-dir . accelerate==1.15.0 gguf==0.19.0 \

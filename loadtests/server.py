@@ -130,10 +130,10 @@ class Server:
         """Bytes of memory in use by the process and all it started; what they share is counted once."""
         assert self._process is not None
         total = 0
-        with contextlib.suppress(psutil.NoSuchProcess):
+        with contextlib.suppress(psutil.Error):
             parent = psutil.Process(self._process.pid)
             for process in (parent, *parent.children(recursive=True)):
-                with contextlib.suppress(psutil.NoSuchProcess):  # ended since
+                with contextlib.suppress(psutil.Error):  # ended since, or not ours to look at
                     total += process.memory_full_info().pss
         return total
 

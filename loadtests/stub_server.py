@@ -16,7 +16,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from aiohttp import web
+from aiohttp import ClientConnectionResetError, web
 
 MODELS = {
     "stub": "answers",
@@ -48,8 +48,10 @@ class Stub:
         self.counts["requests"] += 1
         if model == "stub-broken":
             return _error(500, "broken as told")
-        if model == "stub-busy" and self.counts["requests"] % 2:
-            return _error(503, "busy as told", {"Retry-After": "0.01"})
+        if model == "stub-busy":
+            self.counts["busy"] += 1
+            if self.counts["busy"] % 2:
+                return _error(503, "busy as told", {"Retry-After": "0.01"})
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
         try:
             if model == "stub-hung":
@@ -57,7 +59,8 @@ class Stub:
             await response.prepare(http)
             await self._stream(response, body, chat, begin)
             self.counts["finished"] += 1
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, ClientConnectionResetError):
+            # The second where it writes between the hang-up and its being told.
             self.counts["hung up on"] += 1
             raise
         return response

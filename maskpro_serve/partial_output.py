@@ -16,6 +16,7 @@ from maskpro_kernels.files import sync_folder, write_atomically
 
 _STATE = "state.json"
 _CONTENT = "content"
+_LOCK = "lock"
 
 
 @dataclass
@@ -68,7 +69,8 @@ def partial_output(target: Path, inputs: Mapping[str, Any]) -> Iterator[PartialO
     target.parent.mkdir(parents=True, exist_ok=True)
     work = target.parent / f".{target.name}.partial"
     work.mkdir(exist_ok=True)
-    descriptor = os.open(work, os.O_RDONLY | os.O_DIRECTORY)
+    # A file, open for writing: NFS emulates flock by locks that want both.
+    descriptor = os.open(work / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -97,7 +99,8 @@ def _take_up(work: Path, inputs: Mapping[str, Any]) -> PartialOutput:
     if not isinstance(document, dict) or document.get("inputs") != inputs:
         document = None
         for path in work.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if path.name != _LOCK:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
     folder.mkdir(exist_ok=True)
     for unfinished in (*folder.glob(".*.tmp"), *work.glob(".*.tmp")):
         unfinished.unlink()

@@ -88,9 +88,10 @@ class MaskProConfig(QuantizationConfig):
         return cls(legacy)
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
-        """Checks a local checkpoint's headers, once, before any weight is read."""
-        if Path(model_name).is_dir():
-            check_served(Path(model_name), contents=False)
+        """Checks a local checkpoint's headers, once, before any weight is read; there may be none (dummy weights)."""
+        folder = Path(model_name)
+        if any(folder.glob("*.safetensors*")):
+            check_served(folder, contents=False)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, ParallelLMHead):

@@ -55,25 +55,37 @@ def reason_not_to_run() -> str | None:
     return None
 
 
-def tests(seconds: float) -> dict[str, Any]:
-    """Runs the tests that need a GPU, each file by itself; how many passed, failed and were skipped."""
-    plain = [] if importlib.util.find_spec("pytest_timeout") else ["-c", os.devnull, f"--rootdir={REPOSITORY}"]
-    row: dict[str, Any] = {}
+def test_rows(rows: Any, seconds: float) -> None:
+    """Runs the tests that need a GPU, a row for each file; what fails or is not finished is no row, and runs again.
+
+    Raises:
+        RuntimeError: of some files, after all were tried.
+    """
+    wrong = []
     for file in TESTS:
-        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--import-mode=importlib", *plain, file]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([*PATHS, os.environ.get("PYTHONPATH", "")])}
         try:
-            done = subprocess.run(
-                command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=seconds
-            )
-        except subprocess.TimeoutExpired:
-            row[file] = f"not finished in {seconds:.0f} s"
-            continue
-        last = done.stdout.strip().splitlines()[-1:] or [done.stderr.strip()[-200:]]
-        row[file] = re.sub(r"^=+ | =+$", "", last[0])
-        if done.returncode not in (0, 5):  # 5: nothing to run
-            print(done.stdout[-6000:], done.stderr[-2000:], sep="\n")
-    return row
+            rows.row(file, lambda file=file: {"pytest -m gpu": _test_file(file, seconds)})
+        except RuntimeError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise RuntimeError("; ".join(wrong))
+
+
+def _test_file(file: str, seconds: float) -> str:
+    """pytest's last line."""
+    plain = [] if importlib.util.find_spec("pytest_timeout") else ["-c", os.devnull, f"--rootdir={REPOSITORY}"]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--import-mode=importlib", *plain, file]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([*PATHS, os.environ.get("PYTHONPATH", "")])}
+    try:
+        done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"{file}: not finished in {seconds:.0f} s") from error
+    last = done.stdout.strip().splitlines()[-1:] or [done.stderr.strip()[-200:]]
+    summary = re.sub(r"^=+ | =+$", "", last[0])
+    if done.returncode not in (0, 5):  # 5: nothing to run
+        print(done.stdout[-6000:], done.stderr[-2000:], sep="\n")
+        raise RuntimeError(f"{file}: {summary}")
+    return summary
 
 
 def main() -> None:
@@ -91,7 +103,7 @@ def main() -> None:
     machine, deadline = this_machine(), time.monotonic() + arguments.seconds
     print(machine, flush=True)
     sections: dict[str, Callable[[Rows], None]] = {
-        "tests": lambda rows: rows.row("pytest -m gpu", lambda: tests(arguments.seconds / 4)),
+        "tests": lambda rows: test_rows(rows, arguments.seconds / 8),
         "kernels": lambda rows: kernel_rows(rows, arguments.everything),
         "learner": learner_rows,
         "serve": lambda rows: serve_rows(rows, arguments.everything),

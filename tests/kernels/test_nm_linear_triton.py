@@ -153,9 +153,15 @@ class TestOnAGpu:
     @pytest.mark.parametrize("tokens", [1, 16, 64, 300])
     @pytest.mark.parametrize("pattern", ["2:4", "4:8", "8:16"])
     def test_every_tile_that_tuning_tries(self, pattern: str, tokens: int) -> None:
+        from triton.runtime.errors import OutOfResources
+
         for tile in tiles(tokens, 1024, 2048, 132, 2):
             case = Case(NMPattern.parse(pattern), (BF16, BF16), tokens, 1024, 2048, tile)
-            check(case, run(case, "cuda"))
+            try:
+                y = run(case, "cuda")
+            except OutOfResources:
+                continue  # tuning leaves such a tile out as well: consumer GPUs have less shared memory
+            check(case, y)
 
     @pytest.mark.parametrize("tokens", [1, 70])
     def test_under_a_cuda_graph(self, tokens: int) -> None:
