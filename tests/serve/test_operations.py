@@ -75,9 +75,10 @@ class Prometheus:
 
     def up(self) -> bool:
         try:
-            return bool(self.query("maskpro:up == 1"))
+            ready = httpx.get(f"{self.url}/-/ready", timeout=10).status_code == 200  # it answers 503 before
         except httpx.TransportError:
             return False
+        return ready and bool(self.query("maskpro:up == 1"))
 
     def active(self, alert: str) -> bool:
         """Whether the alert's condition holds; it fires when that has lasted, which promtool's tests prove."""
