@@ -70,3 +70,13 @@ def test_a_damaged_checkpoint_stops_the_engine_with_our_sentence(tiny, tmp_path)
     assert run.returncode != 0
     sentence = r"model\.layers\.0\.mlp\.\w+\.\w+: expected shape \(\d+, \d+\) from the model's config.json, found \("
     assert re.search(sentence, run.stderr + run.stdout)
+
+
+def test_dummy_weights_need_no_files(tiny, tmp_path):
+    folders = [tmp_path / name for name in ("packed", "int8")]
+    for folder in folders:
+        folder.mkdir()
+        shutil.copy(tiny[folder.name] / "config.json", folder)
+    documents, log = serve_greedily(folders, tmp_path, load_format="dummy")
+    assert [len(tokens) for document in documents for tokens in document["tokens"]] == [24] * 6
+    assert log.count("2:4 linear layers: 21 on ") == 2
