@@ -1,4 +1,4 @@
-"""Tensor and pipeline parallelism say what one process says; adapters work on packed layers."""
+"""Tensor parallelism says what one process says; adapters work on packed layers."""
 
 from __future__ import annotations
 
@@ -32,11 +32,10 @@ def tokens_of(tiny: dict[str, Path], scratch: Path, **llm: object) -> list[list[
     return [document["tokens"] for document in serve_greedily(folders, scratch, **llm)[0]]
 
 
-@pytest.mark.parametrize("axis", ["tensor_parallel_size", "pipeline_parallel_size"])
-def test_two_processes_equal_one(tiny, alone, tmp_path, monkeypatch, axis):
+def test_two_processes_equal_one(tiny, alone, tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert tokens_of(tiny, tmp_path, **{axis: 2}) == alone
+    assert tokens_of(tiny, tmp_path, tensor_parallel_size=2) == alone
 
 
 @pytest.mark.parametrize(("in_features", "shards"), [(72, 2), (24, 12)])
