@@ -28,7 +28,6 @@ from maskpro_serve.cpu_defaults import choose_here
 
 PARTS = {
     "sparse kernels": ("maskpro_kernels._cpu.nm_linear",),
-    "their Python": ("maskpro_kernels.ops._forward_interleaved",),
     "dense linears": ("vllm.model_executor.layers.linear.UnquantizedLinearMethod.apply",),
     "attention": ("vllm.v1.attention.backends.cpu_attn.CPUAttentionBackendImpl.forward",),
     "norms, rotary, activations, Python between": ("vllm.v1.worker.gpu_model_runner.GPUModelRunner._model_forward",),
@@ -114,17 +113,11 @@ def main() -> None:
     dtype = options.dtype or (flags[flags.index("--dtype") + 1] if "--dtype" in flags else "auto")
 
     clock = Clock()
-    import maskpro_kernels.ops
-
-    # The operator holds the function it was registered with: the name is looked up anew at each call only inside it.
-    clock.wrap("sparse kernels", "maskpro_kernels._cpu.nm_linear")
-    del maskpro_kernels.ops
     from vllm import LLM, SamplingParams
 
     for part, names in PARTS.items():
         for dotted in names:
-            if not dotted.startswith("maskpro"):
-                clock.wrap(part, dotted)
+            clock.wrap(part, dotted)
     engine = LLM(
         options.model, dtype=dtype, max_model_len=1024, max_num_seqs=options.sequences, enforce_eager=options.eager,
         compilation_config=options.compilation_config, enable_prefix_caching=False, disable_log_stats=True,
