@@ -223,7 +223,7 @@ def fill_up(kept: Tensor, counts: Tensor, weight: Tensor, pattern: NMPattern) ->
     if not bool(short.any()):
         return kept
     groups = kept.reshape(-1, pattern.m)
-    size = weight.detach().cpu().reshape(-1, pattern.m)[short].abs().float().nan_to_num(nan=0.0)
+    size = weight.detach().to(kept.device).reshape(-1, pattern.m)[short].abs().float().nan_to_num(nan=0.0)
     filled = groups.clone()
     filled[short] = top_n_mask(size.masked_fill_(groups[short], torch.inf), pattern)
     return filled.reshape(kept.shape)

@@ -10,7 +10,8 @@ from torch import Tensor
 from maskpro_kernels import NMPattern, NMWeight
 from maskpro_kernels.bits import pack_bits
 from maskpro_kernels.interleaved import DENSE
-from maskpro_kernels.packing import check_bitmask, top_n_mask
+from maskpro_kernels.mask_sources import fill_up
+from maskpro_kernels.packing import check_bitmask, group_counts
 from maskpro_serve.checkpoint import CheckpointError
 
 _CHECKED = ("weight", "compressed", "bitmask", "weight_scale", "input_scale", "input_zero_point")
@@ -69,13 +70,8 @@ def zeros_mask(dense: Tensor, pattern: NMPattern) -> Tensor | None:
         Boolean, the shape of ``dense``: what is not zero, and of groups with fewer than n the lowest zeros.
     """
     mask = dense != 0
-    groups = mask.view(-1, pattern.m)
-    counts = groups.sum(1)
-    if (counts > pattern.n).any():
-        return None
-    short = counts < pattern.n
-    groups[short] = top_n_mask(groups[short].float(), pattern)
-    return mask
+    counts = group_counts(mask, pattern.m)
+    return None if (counts > pattern.n).any() else fill_up(mask, counts, dense, pattern)
 
 
 def _check_loaded(layer: Any, prefix: str, *, dummy: bool) -> None:

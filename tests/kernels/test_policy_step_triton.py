@@ -89,16 +89,6 @@ def check(case: Case, found: dict[str, torch.Tensor]) -> None:
     assert torch.equal(found["flips"], expected["flips"])
 
 
-@pytest.fixture(scope="module")
-def interpreted(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, torch.Tensor]]:
-    """What the interpreter gives for CASES."""
-    path = tmp_path_factory.mktemp("interpreter") / "results.pt"
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, __file__, str(path)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return torch.load(path)
-
-
 @pytest.mark.parametrize("index", range(len(CASES)), ids=lambda index: str(CASES[index]))
 def test_interpreted(interpreted: list[dict[str, torch.Tensor]], index: int) -> None:
     check(CASES[index], interpreted[index])
