@@ -1,9 +1,9 @@
 """Start and end of the API server: says when it is ready, and refuses new requests once it was asked to stop.
 
 vLLM drains by itself (``--shutdown-timeout``), but meets a request that comes after SIGTERM with a stack trace and 500,
-and leaves without an answer those that are not done when the time is over: it waits for them, and they for the engine
-that is gone. Its middleware hook (``--middleware``) takes a class by its import path, so what ``server.py`` knows
-reaches this one through :data:`PROCESS`.
+and those that are not done when the time is over with the same, or not at all: it waits for them, and they for the
+engine that is gone. So they are ended here, just before. Its middleware hook (``--middleware``) takes a class by its
+import path, so what ``server.py`` knows reaches this one through :data:`PROCESS`.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 READY_PATH = "/ready"
 _WHILE_STOPPING = ("/health", "/metrics", "/ping")
-_GRACE_S = 1.0
-"""After the shutdown timeout, for answers that the engine gave in its last moment."""
+_LAST_SECONDS = 1.0
+"""Of the shutdown timeout, for telling those that are not done: once the engine is killed, vLLM answers them with 500."""
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Process:
         loading: what answers on the port while the model loads.
         started: the API server has been ready.
         stopping: a signal asked it to stop.
-        out_of_time: the shutdown timeout is over.
+        out_of_time: the shutdown timeout is over, or about to be.
         requests: the tasks of HTTP requests under way.
     """
 
@@ -56,7 +56,7 @@ class Process:
         config = app.state.vllm_config
         announce(config)
         for number in (signal.SIGTERM, signal.SIGINT):
-            self._watch(number, asyncio.get_running_loop(), config.shutdown_timeout + _GRACE_S)
+            self._watch(number, asyncio.get_running_loop(), max(0.0, config.shutdown_timeout - _LAST_SECONDS))
         if self.loading is not None:
             self.loading.stop()
 
