@@ -27,7 +27,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 READY_PATH = "/ready"
 _WHILE_STOPPING = ("/health", "/metrics", "/ping")
 _LAST_SECONDS = 1.0
-"""Of the shutdown timeout, for telling those that are not done: once the engine is killed, vLLM answers them with 500."""
+"""Of the shutdown timeout, to tell those that are not done: once the engine is killed, vLLM answers them with 500."""
 
 
 @dataclass
