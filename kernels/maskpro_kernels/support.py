@@ -64,6 +64,17 @@ class Backend:
         return out_features % self.multiples[0] == 0 and in_features % self.multiples[1] == 0
 
     @property
+    def isa_code(self) -> int:
+        """Its instruction set, as ``nm_linear_interleaved`` takes it.
+
+        Raises:
+            ValueError: it is no native CPU backend.
+        """
+        if self.isa is None:
+            raise ValueError(f"{self.name} has no native instruction set")
+        return _cpu.ISA_CODES[self.isa]
+
+    @property
     def unavailable(self) -> str | None:
         """Why this machine cannot run it, or None if it can."""
         if self.missing is not None:
