@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import jsonschema
 import openai
 import pytest
 import torch
@@ -19,6 +21,14 @@ from maskpro_serve import load_packed
 from maskpro_serve.models import DEFAULT_MASK, DEFAULT_RECOVERY, ModelBuildError, build_alias, resolve_model
 
 pytestmark = pytest.mark.timeout(900)
+
+TOKENS = 12
+COMMON = {"model": "sparse-llama", "max_tokens": TOKENS, "temperature": 0}
+QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+SCHEMA = {
+    "type": "object", "properties": {"city": {"enum": ["London", "Paris"]}, "capital": {"type": "boolean"}},
+    "required": ["city", "capital"], "additionalProperties": False,
+}  # fmt: skip
 
 BUILD = """
 import sys
@@ -84,35 +94,88 @@ def test_a_missing_weights_package_is_named(monkeypatch, tmp_path):
         resolve_model("dense-llama")
 
 
-@pytest.mark.vllm
-def test_serves_openai_clients(cache, tmp_path):
-    flags = ["--model", "sparse-llama", "--max-model-len", "512", "--kv-cache-memory-bytes", "200M"]
-    prompt = "The lighthouse stood on the"
-    with Server(flags, tmp_path / "log", {"MASKPRO_CACHE": str(cache)}) as server:
-        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
-        assert [model.id for model in client.models.list()] == ["sparse-llama"]
-        common = {"model": "sparse-llama", "max_tokens": 12, "temperature": 0}
-        whole = client.completions.create(prompt=prompt, **common).choices[0].text
-        parts = client.completions.create(prompt=prompt, stream=True, **common)
-        assert "".join(part.choices[0].text for part in parts) == whole
-        messages = [{"role": "user", "content": "What is the capital of France?"}]
-        chat = client.chat.completions.create(messages=messages, **common).choices[0].message.content
-        parts = client.chat.completions.create(messages=messages, stream=True, **common)
-        assert "".join(part.choices[0].delta.content or "" for part in parts) == chat
-        metrics = server.get("/metrics")
-        log = server.log.read_text()
-    assert 'pattern="2:4"} 210.0' in metrics
-    assert 'maskpro_linear_layers{backend="cpu-' in metrics
-    assert "vllm:e2e_request_latency_seconds_count" in metrics
-    assert "210 on cpu-" in log
-    assert "0.5625 of their dense bytes" in log
+@pytest.fixture(scope="module")
+def server(cache, tmp_path_factory):
+    """Reads prompts in chunks of 128 tokens; allows no blanks in JSON, or so small a model never closes its braces."""
+    flags = [
+        "--model", "sparse-llama", "--max-model-len", "512", "--kv-cache-memory-bytes", "200M",
+        "--max-num-batched-tokens", "128", "--enable-prompt-tokens-details",
+        "--enable-auto-tool-choice", "--tool-call-parser", "xlam",
+        "--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}',
+    ]  # fmt: skip
+    with Server(flags, tmp_path_factory.mktemp("server") / "log", {"MASKPRO_CACHE": str(cache)}) as running:
+        yield running
 
-    # The same pruned weights in transformers.
+
+@pytest.fixture(scope="module")
+def client(server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
+
+
+@pytest.fixture(scope="module")
+def continued(cache):
+    """What the same pruned weights say in transformers, in ``TOKENS`` greedy tokens."""
     tokenizer = AutoTokenizer.from_pretrained(build_alias("dense-llama", cache))
     model = AutoModelForCausalLM.from_pretrained(build_alias("dense-llama", cache), dtype=torch.float32)
     for name, weight in load_packed(build_alias("sparse-llama", cache))[1].items():
         if isinstance(weight, NMWeight):
             model.get_parameter(name).data = unpack(weight).float()
-    inputs = tokenizer(prompt, return_tensors="pt")
-    tokens = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-    assert tokenizer.decode(tokens, skip_special_tokens=True) == whole
+
+    def run(prompt: str) -> str:
+        inputs = tokenizer(prompt, return_tensors="pt")
+        tokens = model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        return tokenizer.decode(tokens, skip_special_tokens=True)
+
+    return run
+
+
+@pytest.mark.vllm
+def test_serves_openai_clients(server, client, continued):
+    prompt = "The lighthouse stood on the"
+    assert [model.id for model in client.models.list()] == ["sparse-llama"]
+    whole = client.completions.create(prompt=prompt, **COMMON).choices[0].text
+    parts = client.completions.create(prompt=prompt, stream=True, **COMMON)
+    assert "".join(part.choices[0].text for part in parts) == whole
+    chat = client.chat.completions.create(messages=QUESTION, **COMMON).choices[0].message.content
+    parts = client.chat.completions.create(messages=QUESTION, stream=True, **COMMON)
+    assert "".join(part.choices[0].delta.content or "" for part in parts) == chat
+    metrics = server.get("/metrics")
+    log = server.log.read_text()
+    assert 'pattern="2:4"} 210.0' in metrics
+    assert 'maskpro_linear_layers{backend="cpu-' in metrics
+    assert "vllm:e2e_request_latency_seconds_count" in metrics
+    assert "210 on cpu-" in log
+    assert "0.5625 of their dense bytes" in log
+    assert continued(prompt) == whole
+
+
+@pytest.mark.vllm
+def test_a_long_prompt_in_chunks_and_from_the_prefix_cache(client, continued):
+    prompt = "".join(f"On day {day} the keeper of the lighthouse wrote in his book. " for day in range(1, 21))
+    answers = [client.completions.create(prompt=prompt, **COMMON) for _ in range(2)]
+    assert answers[0].usage.prompt_tokens > 2 * 128
+    assert [answer.usage.prompt_tokens_details.cached_tokens for answer in answers] == [0, 2 * 128]
+    assert {answer.choices[0].text for answer in answers} == {continued(prompt)}
+
+
+@pytest.mark.vllm
+def test_an_answer_under_a_json_schema(client):
+    wanted = {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA}}
+    answer = client.chat.completions.create(messages=QUESTION, response_format=wanted, **COMMON | {"max_tokens": 64})
+    assert answer.choices[0].finish_reason == "stop"
+    jsonschema.validate(json.loads(answer.choices[0].message.content), SCHEMA)
+    assert json.loads(answer.choices[0].message.content)["city"] == "Paris"
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("choice", [{"type": "function", "function": {"name": "note"}}, "required"])
+def test_a_tool_call_that_must_be(client, choice):
+    tools = [{"type": "function", "function": {"name": "note", "description": "Notes a city", "parameters": SCHEMA}}]
+    options = {"messages": QUESTION, "tools": tools, "tool_choice": choice, **COMMON, "max_tokens": 80}
+    (call,) = client.chat.completions.create(**options).choices[0].message.tool_calls
+    assert call.function.name == "note"
+    jsonschema.validate(json.loads(call.function.arguments), SCHEMA)
+    deltas = [part.choices[0].delta for part in client.chat.completions.create(**options, stream=True)]
+    parts = [part.function for delta in deltas for part in delta.tool_calls or []]
+    assert [part.name for part in parts if part.name] == ["note"]
+    assert json.loads("".join(part.arguments or "" for part in parts)) == json.loads(call.function.arguments)
