@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from maskpro_serve.arguments import names_flag
+from maskpro_serve.arguments import flag_value, names_flag
 from maskpro_serve.plugin import check_vllm_version
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -72,6 +72,8 @@ def _serve(model: str, arguments: list[str]) -> int:
     from maskpro_serve.models import ALIASES, resolve_model
     from maskpro_serve.served import check_served
 
+    if _runs_on_cpu():
+        _refuse_eager_pipeline(arguments)
     folder = resolve_model(model)
     if Path(folder).is_dir():
         packed = check_served(Path(folder), contents=True)
@@ -95,6 +97,16 @@ def _serve(model: str, arguments: list[str]) -> int:
         for reason in defaults.reasons:
             print(f"maskpro-serve: default {reason}", file=sys.stderr)
     return _become_server(serve + arguments, environment)
+
+
+def _refuse_eager_pipeline(arguments: Sequence[str]) -> None:
+    """vLLM 0.27 to 0.32 would fail at the first request: only their compiling run allocates what a stage receives."""
+    stages = flag_value(arguments, "--pipeline-parallel-size", "-pp") or "1"
+    if stages != "1" and names_flag(arguments, "--enforce-eager"):
+        raise ValueError(
+            f"--enforce-eager with --pipeline-parallel-size {stages}: on CPUs vLLM runs a pipeline only if it compiles "
+            "the model; leave --enforce-eager out"
+        )
 
 
 def _runs_on_cpu() -> bool:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from processes import ONE_SCALE, serve_greedily
+from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from maskpro_kernels import NMPattern, write_masks
+from maskpro_kernels import NMPattern, NMWeight, unpack, write_masks
 from maskpro_kernels.packing import magnitude_mask
-from maskpro_serve import convert
+from maskpro_serve import convert, load_packed
 
 PATTERN = NMPattern.parse("2:4")
 
@@ -42,3 +45,19 @@ def tiny(tmp_path_factory) -> dict[str, Path]:
     convert(paths["dense"], paths["packed"], mask=paths["mask"])
     convert(paths["dense"], paths["int8"], mask=paths["mask"], values="int8")
     return paths
+
+
+@pytest.fixture(scope="session")
+def greedy(tiny, tmp_path_factory) -> dict[str, list[list[int]]]:
+    """Greedy tokens of the tiny models, of ``ONE_SCALE``, and of the int8 one's unpacked twin, which is in float32."""
+    twin = tmp_path_factory.mktemp("twin")
+    config, weights = load_packed(tiny["int8"])
+    del config["quantization_config"]
+    (twin / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
+    dense = {name: unpack(weight) if isinstance(weight, NMWeight) else weight for name, weight in weights.items()}
+    save_file({name: tensor.float().contiguous() for name, tensor in dense.items()}, twin / "model.safetensors")
+    folders = {name: tiny[name] for name in ("packed", "pruned", "int8")} | {"twin": twin, "one scale": ONE_SCALE}
+    documents, _ = serve_greedily(list(folders.values()), twin.parent)
+    # The output head of a packed model is interleaved.
+    assert [document["head"] for document in documents][:4] == [True, False, True, False]
+    return {name: document["tokens"] for name, document in zip(folders, documents, strict=True)}

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 GREEDY = Path(__file__).parent / "greedy.py"
+ONE_SCALE = Path(__file__).parent.parent / "fixtures" / "legacy" / "bitmask-int8-tensor-static"
+"""A checkpoint of compressed-tensors with one scale for each matrix."""
 
 
 def run_python(*arguments: object, timeout: int = 300) -> subprocess.CompletedProcess[str]:

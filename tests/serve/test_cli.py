@@ -9,7 +9,7 @@ import pytest
 from processes import run_python
 
 from maskpro_serve import plugin
-from maskpro_serve.arguments import names_flag
+from maskpro_serve.arguments import flag_value, names_flag
 from maskpro_serve.cli import main
 from maskpro_serve.cpu_defaults import available_memory, choose, container_cores
 
@@ -93,6 +93,13 @@ def test_serve_needs_a_model(capsys):
     assert "--model is required" in one_sentence(capsys.readouterr(), "maskpro-serve")
 
 
+@pytest.mark.parametrize("stages", [["-pp", "2"], ["--pipeline_parallel_size=2"]])
+def test_serve_refuses_a_pipeline_that_is_not_compiled(tiny, capsys, stages):
+    assert main(["--model", str(tiny["packed"]), "--enforce-eager", *stages]) == 2
+    message = "--enforce-eager with --pipeline-parallel-size 2: on CPUs vLLM runs a pipeline only if it compiles"
+    assert message in one_sentence(capsys.readouterr(), "maskpro-serve")
+
+
 @pytest.mark.parametrize("found", ["0.25.9", "0.26.0", "0.33.1+cpu", "0.34.0"])
 def test_vllm_versions(monkeypatch, capsys, found):
     supported = found.startswith(("0.26", "0.33"))
@@ -146,7 +153,10 @@ def test_defaults_respect_a_container(tmp_path):
     assert available_memory(tmp_path) == 2000000
 
 
-def test_names_flag_knows_both_spellings():
+def test_flags_are_known_in_every_spelling():
     assert names_flag(["--served_model_name=x"], "--served-model-name")
     assert names_flag(["--dtype", "auto"], "--dtype")
     assert not names_flag(["--dtype-x"], "--dtype")
+    for arguments in (["-pp", "2"], ["--pipeline-parallel-size=2"], ["x", "--pipeline_parallel_size", "2", "-tp", "4"]):
+        assert flag_value(arguments, "--pipeline-parallel-size", "-pp") == "2"
+    assert flag_value(["-tp", "2"], "--pipeline-parallel-size", "-pp") is None

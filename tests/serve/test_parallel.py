@@ -1,13 +1,14 @@
-"""Tensor parallelism says what one process says; adapters work on packed layers."""
+"""Tensor and pipeline parallelism say what one process says; adapters work on packed layers."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from processes import serve_greedily
+from processes import ONE_SCALE, serve_greedily
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
@@ -17,25 +18,27 @@ from maskpro_serve.scheme import LinearScheme
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
-LEGACY = Path(__file__).parent.parent / "fixtures" / "legacy"
 RANK, SCALING = 4, 2.0
 
 
-@pytest.fixture(scope="module")
-def alone(tiny, tmp_path_factory) -> list[list[list[int]]]:
-    """Tokens of the tiny int8 model, and of a legacy one with one scale a tensor, in one process."""
-    return tokens_of(tiny, tmp_path_factory.mktemp("alone"))
-
-
-def tokens_of(tiny: dict[str, Path], scratch: Path, **llm: object) -> list[list[list[int]]]:
-    folders = [tiny["int8"], LEGACY / "bitmask-int8-tensor-static"]
-    return [document["tokens"] for document in serve_greedily(folders, scratch, **llm)[0]]
-
-
-def test_two_processes_equal_one(tiny, alone, tmp_path, monkeypatch):
+@pytest.fixture
+def one_thread(monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert tokens_of(tiny, tmp_path, tensor_parallel_size=2) == alone
+
+
+def test_two_processes_equal_one(tiny, greedy, one_thread, tmp_path):
+    documents, _ = serve_greedily([tiny["int8"], ONE_SCALE], tmp_path, tensor_parallel_size=2)
+    assert [document["tokens"] for document in documents] == [greedy["int8"], greedy["one scale"]]
+
+
+def test_a_pipeline_of_two_equals_one(tiny, greedy, one_thread, tmp_path, monkeypatch):
+    """Through vLLM's compilation, for its CPU backend has no pipelines without; to no other code, which is quicker."""
+    monkeypatch.setenv("VLLM_USE_AOT_COMPILE", "0")
+    compiled = {"enforce_eager": False, "compilation_config": {"backend": "eager"}}
+    (found,), log = serve_greedily([tiny["int8"]], tmp_path, pipeline_parallel_size=2, **compiled)
+    assert found["tokens"] == greedy["int8"]
+    assert sorted(re.findall(r"2:4 linear layers: (\d+) on ", log)) == ["14", "7"]
 
 
 @pytest.mark.parametrize(("in_features", "shards"), [(72, 2), (24, 12)])
@@ -77,17 +80,17 @@ def adapter(tiny, tmp_path_factory) -> tuple[Path, dict[str, torch.Tensor]]:
     return folder, updates
 
 
-def test_an_adapter_on_packed_layers(tiny, adapter, tmp_path):
+def test_an_adapter_on_packed_layers(tiny, greedy, adapter, tmp_path):
     """With it the tokens are those of the merged weights, without it the model's own; cached prefixes too."""
     folder, updates = adapter
     merged = AutoModelForCausalLM.from_pretrained(tiny["pruned"], dtype=torch.float32)
     for name, update in updates.items():
         merged.get_parameter(name).data += update
     merged.save_pretrained(tmp_path / "merged")
-    (plain, expected), _ = serve_greedily([tiny["packed"], tmp_path / "merged"], tmp_path)
+    (expected,), _ = serve_greedily([tmp_path / "merged"], tmp_path)
     lora = {"enable_lora": True, "max_lora_rank": 8, "adapter": str(folder)}
     cached = {"enable_prefix_caching": True, "enable_chunked_prefill": True, "max_num_batched_tokens": 16}
     (found,), _ = serve_greedily([tiny["packed"]], tmp_path, **lora, **cached)
-    assert found["tokens"][:3] == plain["tokens"]
+    assert found["tokens"][:3] == greedy["packed"]
     assert found["tokens"][3:] == expected["tokens"]
-    assert expected["tokens"] != plain["tokens"]
+    assert expected["tokens"] != greedy["packed"]

@@ -9,29 +9,9 @@ import shutil
 import pytest
 import torch
 from processes import GREEDY, run_python, serve_greedily
-from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from maskpro_kernels import NMWeight, unpack
-from maskpro_serve import load_packed
-
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
-
-
-@pytest.fixture(scope="module")
-def greedy(tiny, tmp_path_factory) -> dict[str, list[list[int]]]:
-    """Greedy tokens of the tiny models, and of the int8 one's unpacked twin, which is in float32."""
-    twin = tmp_path_factory.mktemp("twin")
-    config, weights = load_packed(tiny["int8"])
-    del config["quantization_config"]
-    (twin / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
-    dense = {name: unpack(weight) if isinstance(weight, NMWeight) else weight for name, weight in weights.items()}
-    save_file({name: tensor.float().contiguous() for name, tensor in dense.items()}, twin / "model.safetensors")
-    folders = {name: tiny[name] for name in ("packed", "pruned", "int8")} | {"twin": twin}
-    documents, _ = serve_greedily(list(folders.values()), twin.parent)
-    # The output head of a packed model is interleaved.
-    assert [document["head"] for document in documents] == [True, False, True, False]
-    return {name: document["tokens"] for name, document in zip(folders, documents, strict=True)}
 
 
 def test_packed_equals_its_unpacked_twin(tiny, greedy):
