@@ -12,6 +12,7 @@ import torch
 from maskpro_kernels import NMPattern
 from maskpro_kernels.model_folder import CheckpointError, TensorInfo, read_config, read_headers
 from maskpro_kernels.packing import WEIGHT_DTYPES
+from maskpro_serve.legacy import QUANTIZATION_KEYS, find_quantization, pattern_of_zeros
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,10 @@ def open_dense_model(folder: Path) -> DenseModel:
         CheckpointError: the folder is no dense model, or a linear has another dtype than packing knows.
     """
     config = read_config(folder)
-    declared = _drop_sparsity_config(folder / "config.json", config)
+    declared = None
+    if (found := find_quantization(config)) is not None:
+        declared = pattern_of_zeros(found[1], f"{folder / 'config.json'}: {found[0]}")
+        config = {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
     headers = read_headers(folder)
     for info in headers.values():
         if info.dtype is None:
@@ -50,38 +54,6 @@ def open_dense_model(folder: Path) -> DenseModel:
         if headers[name].dtype not in WEIGHT_DTYPES:
             raise CheckpointError(f"{headers[name]}: expected one of {WEIGHT_DTYPES}, found {headers[name].dtype}")
     return DenseModel(folder, config, headers, linears, declared)
-
-
-def _drop_sparsity_config(file: Path, config: dict[str, Any]) -> NMPattern | None:
-    """Removes a compressed-tensors ``sparsity_config`` of format ``dense``, which describes plain tensors with zeros.
-
-    Returns:
-        The N:M that it declares, if it is one.
-
-    Raises:
-        CheckpointError: any other ``quantization_config``.
-    """
-    found = config.get("quantization_config")
-    if not found:
-        return None
-    described = found.get("quant_method") if isinstance(found, dict) else found
-    if not isinstance(found, dict) or described != "compressed-tensors":
-        raise CheckpointError(f"{file}: expected a dense model, found a quantization_config of {described!r}")
-    sparsity = found.get("sparsity_config")
-    stored = sparsity.get("format") if isinstance(sparsity, dict) else None
-    if not isinstance(sparsity, dict) or stored != "dense":
-        raise CheckpointError(
-            f"{file}: expected a dense model or a sparsity_config of format 'dense', found a quantization_config of "
-            f"'compressed-tensors' with a sparsity_config of format {stored!r}"
-        )
-    for key in ("config_groups", "kv_cache_scheme", "transform_config"):
-        if found.get(key):
-            raise CheckpointError(f"{file}: quantization_config: {key}: expected none, the weights are quantized")
-    del config["quantization_config"]
-    try:
-        return NMPattern.parse(sparsity.get("sparsity_structure", ""))
-    except ValueError:  # "unstructured" and "0:0" are others
-        return None
 
 
 def _linear_weights(folder: Path, headers: Mapping[str, TensorInfo]) -> list[str]:

@@ -18,7 +18,10 @@ from maskpro_kernels import NMPattern
 from maskpro_serve.checkpoint import CheckpointError
 from maskpro_serve.scheme import LinearScheme
 
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 BITMASK, DENSE = "sparse-24-bitmask", "dense"
+
+_UNREADABLE = {"kv_cache_scheme": "a quantized KV cache", "transform_config": "transformed weights"}
 
 _LINEAR_CLASSES = ("Linear", "Module")
 """Names of a torch.nn.Linear's classes: a target that is one of them is every linear layer."""
@@ -82,7 +85,7 @@ class LegacyFormat:
             raise CheckpointError(f"{here}: format: expected {BITMASK!r} or {DENSE!r}, found {kind!r}")
         if structure != "2:4":
             raise CheckpointError(f"{here}: sparsity_structure: expected '2:4', found {structure!r}")
-        for key, what in (("kv_cache_scheme", "a quantized KV cache"), ("transform_config", "transformed weights")):
+        for key, what in _UNREADABLE.items():
             if config.get(key):
                 raise CheckpointError(f"{where}: {key}: {what} cannot be served with 2:4 weights, expected none")
         targets = sparsity.get("targets")
@@ -95,14 +98,51 @@ class LegacyFormat:
         )
 
 
+def find_quantization(config: Mapping[str, Any]) -> tuple[str, Any] | None:
+    """The key of config.json that says how weights are stored, and what it says; compressed-tensors has used two."""
+    return next(((key, config[key]) for key in QUANTIZATION_KEYS if config.get(key)), None)
+
+
+def sparsity_of(quantization: Any) -> Mapping[str, Any] | None:
+    """The ``sparsity_config`` of a compressed-tensors configuration; None where there is none, or it is another's."""
+    if not isinstance(quantization, Mapping):
+        return None
+    if str(quantization.get("quant_method")).lower().replace("_", "-") != "compressed-tensors":
+        return None
+    sparsity = quantization.get("sparsity_config")
+    return sparsity if isinstance(sparsity, Mapping) else None
+
+
 def has_sparsity(config: Mapping[str, Any]) -> bool:
     """Whether a ``quantization_config`` is one of compressed-tensors that speaks of 2:4 sparsity."""
-    if str(config.get("quant_method")).lower().replace("_", "-") != "compressed-tensors":
-        return False
-    sparsity = config.get("sparsity_config")
-    if not isinstance(sparsity, Mapping):
-        return False
-    return sparsity.get("format") == BITMASK or sparsity.get("sparsity_structure") == "2:4"
+    sparsity = sparsity_of(config)
+    return sparsity is not None and (sparsity.get("format") == BITMASK or sparsity.get("sparsity_structure") == "2:4")
+
+
+def pattern_of_zeros(quantization: Any, where: str) -> NMPattern | None:
+    """The N:M that a ``sparsity_config`` of format ``dense`` says plain, unquantized tensors satisfy, if it says one.
+
+    Args:
+        quantization: what :func:`find_quantization` found.
+        where: the file and key, for messages.
+
+    Raises:
+        CheckpointError: any other configuration.
+    """
+    sparsity = sparsity_of(quantization)
+    if sparsity is None or sparsity.get("format") != DENSE:
+        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+        found = "" if sparsity is None else f" with a sparsity_config of format {sparsity.get('format')!r}"
+        raise CheckpointError(
+            f"{where}: expected none, or a sparsity_config of format {DENSE!r} (a dense model), found {method!r}{found}"
+        )
+    for key in ("config_groups", *_UNREADABLE):
+        if quantization.get(key):
+            raise CheckpointError(f"{where}: {key}: expected none, the weights are quantized")
+    try:
+        return NMPattern.parse(sparsity.get("sparsity_structure", ""))
+    except ValueError:  # "unstructured" and "0:0" are others
+        return None
 
 
 def claims(config: Mapping[str, Any]) -> bool:

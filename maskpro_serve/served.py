@@ -19,7 +19,7 @@ from maskpro_kernels.packed_checkpoint import (
 )
 from maskpro_kernels.packing import WEIGHT_DTYPES, check_bitmask
 from maskpro_serve.checkpoint import check_checkpoint
-from maskpro_serve.legacy import LegacyFormat, claims
+from maskpro_serve.legacy import LegacyFormat, claims, find_quantization
 from maskpro_serve.scheme import LinearScheme
 
 _HEAD = "lm_head"
@@ -54,12 +54,10 @@ def legacy_format(folder: Path) -> LegacyFormat | None:
     Raises:
         CheckpointError: config.json is unreadable, or speaks of 2:4 in a way that nobody can serve.
     """
-    config = read_config(folder)
-    for key in ("quantization_config", "compression_config"):
-        found = config.get(key)
-        if isinstance(found, dict):
-            return LegacyFormat.from_dict(found, f"{folder / 'config.json'}: {key}") if claims(found) else None
-    return None
+    found = find_quantization(read_config(folder))
+    if found is None or not isinstance(found[1], dict) or not claims(found[1]):
+        return None
+    return LegacyFormat.from_dict(found[1], f"{folder / 'config.json'}: {found[0]}")
 
 
 def _stored(

@@ -36,7 +36,10 @@ def test_pack_command(tiny, tmp_path):
         (["--model", "{dense}"], "--pattern must say"),
         (["--model", "{dense}", "--pattern", "2:5"], "m must be one of"),
         (["--model", "{dense}", "--mask", "nowhere"], "nowhere: no such mask file"),
-        (["--model", "{packed}", "--mask", "{mask}"], "expected a dense model, found a quantization_config"),
+        (
+            ["--model", "{packed}", "--mask", "{mask}"],
+            "quantization_config: expected none, or a sparsity_config of format 'dense' (a dense model), found",
+        ),
     ],
 )
 def test_pack_refuses_in_one_sentence(tiny, tmp_path, capsys, flags, message):

@@ -71,7 +71,7 @@ def test_legacy_sparse_24_bitmask(tiny, tmp_path, capsys):
     [
         (
             {"quantization_config": {"quant_method": "gptq"}},
-            "found a quantization_config of 'gptq'",
+            "(a dense model), found 'gptq'",
         ),
         ({"model_type": "nothing"}, "transformers cannot build this model"),
     ],

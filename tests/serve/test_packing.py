@@ -115,23 +115,27 @@ LEGACY = {
 }
 
 
-@pytest.mark.parametrize("pattern", [None, "auto"])
-def test_a_legacy_sparsity_config_of_format_dense_is_dropped(tiny, tmp_path, pattern):
+@pytest.mark.parametrize(
+    ("pattern", "key"), [(None, "quantization_config"), ("auto", "quantization_config"), (None, "compression_config")]
+)
+def test_a_legacy_sparsity_config_of_format_dense_is_dropped(tiny, tmp_path, pattern, key):
     model = shutil.copytree(tiny["pruned"], tmp_path / "model")
-    config = json.loads((model / "config.json").read_text()) | {"quantization_config": LEGACY}
+    config = json.loads((model / "config.json").read_text()) | {key: LEGACY}
     (model / "config.json").write_text(json.dumps(config))
     report = convert(model, tmp_path / "out", pattern=pattern)
     assert (str(report.pattern), len(report.packed)) == ("2:4", 21)
-    assert load_packed(tmp_path / "out")[0]["quantization_config"]["quant_method"] == "maskpro"
+    written = load_packed(tmp_path / "out")[0]
+    assert written["quantization_config"]["quant_method"] == "maskpro"
+    assert "compression_config" not in written
     same_weights(tmp_path / "out", model)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "a sparsity_config of format 'sparse-24-bitmask'"),
+        ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "with a sparsity_config of format 'sparse-24-b"),
         ({"config_groups": {"group_0": {"weights": {"num_bits": 8}}}}, "config_groups: expected none, the weights are"),
-        ({"quant_method": "gptq"}, "expected a dense model, found a quantization_config of 'gptq'"),
+        ({"quant_method": "gptq"}, r"format 'dense' \(a dense model\), found 'gptq'"),
         ({"sparsity_config": {"format": "dense", "sparsity_structure": "0:0"}}, "--pattern must say"),
     ],
 )
