@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
-SUPPORTED_VLLM = ((0, 26), (0, 33))
+SUPPORTED_VLLM = ((0, 27), (0, 33))
 """The oldest and the newest vLLM release this plugin is written for, both included."""
 
 

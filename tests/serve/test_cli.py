@@ -103,9 +103,9 @@ def test_serve_refuses_a_pipeline_that_is_not_compiled(tiny, capsys, stages):
     assert message in one_sentence(capsys.readouterr(), "maskpro-serve")
 
 
-@pytest.mark.parametrize("found", ["0.25.9", "0.26.0", "0.33.1+cpu", "0.34.0"])
+@pytest.mark.parametrize("found", ["0.26.9", "0.27.0", "0.33.1+cpu", "0.34.0"])
 def test_vllm_versions(monkeypatch, capsys, found):
-    supported = found.startswith(("0.26", "0.33"))
+    supported = found.startswith(("0.27", "0.33"))
     monkeypatch.setattr(plugin, "version", lambda name: found)
     if supported:
         assert plugin.check_vllm_version() == found
