@@ -114,12 +114,6 @@ def test_vllm_versions(monkeypatch, capsys, found):
         assert f"vllm {found} is not supported" in one_sentence(capsys.readouterr(), "maskpro-serve")
 
 
-def test_register_is_idempotent():
-    run = run_python("-c", "from maskpro_serve.plugin import register as r; r(); r(); print('twice')")
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.strip().endswith("twice")
-
-
 def test_cpu_defaults_yield_to_the_user():
     machine = {"flags": frozenset({"avx2"}), "cores": [0, 1], "available_bytes": 20 << 30, "libraries": []}
     chosen = choose([], {}, **machine)
