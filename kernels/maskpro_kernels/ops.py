@@ -15,7 +15,7 @@ from torch import Tensor
 from maskpro_kernels import _cpu, call_timer
 from maskpro_kernels.bits import bitmask_width
 from maskpro_kernels.interleaved import InterleavedWeight, remembered
-from maskpro_kernels.packing import NMWeight
+from maskpro_kernels.packing import EIGHT_BITS, NMWeight
 from maskpro_kernels.pattern import NMPattern
 from maskpro_kernels.reference import nm_linear_reference
 from maskpro_kernels.support import Backend, select_backend
@@ -100,8 +100,8 @@ def _check_bias(x: Tensor, bias: Tensor | None, out_features: int) -> None:
 
 def _check_scale(x: Tensor, scale: Tensor | None, dtype: torch.dtype, out_features: int) -> None:
     if scale is None:
-        if dtype == torch.int8:
-            raise ValueError("nm_linear: expected a scale with int8 weights, found none")
+        if dtype in EIGHT_BITS:
+            raise ValueError(f"nm_linear: expected a scale with {dtype} weights, found none")
         return
     fits = scale.dtype == torch.float32 and tuple(scale.shape) == (out_features,) and scale.is_contiguous()
     if not fits or scale.device != x.device:

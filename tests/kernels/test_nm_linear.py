@@ -166,7 +166,7 @@ def test_an_interleaved_weight_is_packed_again_to_the_bit(pattern, dtype, rows, 
 
 def test_int8_values_come_with_a_scale():
     weight = to_int8(pack(torch.randn(16, 64), NMPattern(2, 4)))
-    with pytest.raises(ValueError, match="expected a scale with int8 weights, found none"):
+    with pytest.raises(ValueError, match=r"expected a scale with torch\.int8 weights, found none"):
         torch.ops.maskpro.nm_linear(torch.randn(3, 64), weight.values, weight.bitmask, None, None, 2, 4)
     with pytest.raises(
         ValueError, match=r"scale: expected contiguous torch.float32 \(16,\) on cpu, found torch.float64"
