@@ -12,7 +12,7 @@ import torch
 
 from maskpro_kernels import _cpu
 from maskpro_kernels.errors import NativeLibraryError, UnsupportedKernelError
-from maskpro_kernels.packing import WEIGHT_DTYPES
+from maskpro_kernels.packing import EIGHT_BITS, WEIGHT_DTYPES
 from maskpro_kernels.pattern import NMPattern
 
 ENVIRONMENT_VARIABLE = "MASKPRO_KERNEL"
@@ -87,6 +87,7 @@ def _no_cusparselt() -> str | None:
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _HALVES = (torch.bfloat16, torch.float16)
 _KEPT = (*WEIGHT_DTYPES, torch.int8)
+_KEPT_ON_GPU = (*WEIGHT_DTYPES, *EIGHT_BITS)
 _TWO_OF_FOUR = (NMPattern(2, 4),)
 
 # In order of preference; on a GPU they compete instead (cuda/tuning.py), and the first is what needs no measurement.
@@ -94,8 +95,8 @@ BACKENDS = (
     Backend("cpu-avx512", ("cpu",), _FLOATS, _KEPT, isa="avx512"),
     Backend("cpu-avx2", ("cpu",), _FLOATS, _KEPT, isa="avx2"),
     Backend("cpu-portable", ("cpu",), _FLOATS, _KEPT, isa="portable"),
-    Backend("triton", ("cuda",), _FLOATS, _KEPT, capability=(8, 0), missing=_no_triton),
-    Backend("expand", ("cuda",), _FLOATS, _KEPT, capability=(8, 0), missing=_no_triton),
+    Backend("triton", ("cuda",), _FLOATS, _KEPT_ON_GPU, capability=(8, 0), missing=_no_triton),
+    Backend("expand", ("cuda",), _FLOATS, _KEPT_ON_GPU, capability=(8, 0), missing=_no_triton),
     Backend(
         "cutlass", ("cuda",), _HALVES, _HALVES, patterns=_TWO_OF_FOUR, same_dtype=True, capability=(8, 0),
         multiples=(32, 64), prepared=True,
@@ -104,7 +105,7 @@ BACKENDS = (
         "cusparselt", ("cuda",), _HALVES, _HALVES, patterns=_TWO_OF_FOUR, same_dtype=True, capability=(8, 0),
         multiples=(16, 16), prepared=True, missing=_no_cusparselt,
     ),
-    Backend("reference", ("cpu", "cuda"), (*_FLOATS, torch.float64), (*_KEPT, torch.float64)),
+    Backend("reference", ("cpu", "cuda"), (*_FLOATS, torch.float64), (*_KEPT_ON_GPU, torch.float64)),
 )  # fmt: skip
 """What runs where. The reference is chosen by name only: `auto` never falls back to it in silence."""
 

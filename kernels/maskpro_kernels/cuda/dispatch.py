@@ -27,7 +27,7 @@ from maskpro_kernels.cuda import semi_structured
 from maskpro_kernels.cuda.device import Device, device_of
 from maskpro_kernels.cuda.plans import Plan, PlanTable, Problem, bucket, buckets, default_folder
 from maskpro_kernels.cuda.tuning import FAILED, Run, choose, measure_on_gpu, time_of
-from maskpro_kernels.packing import NMWeight
+from maskpro_kernels.packing import EIGHT_BITS, NMWeight
 from maskpro_kernels.pattern import NMPattern
 from maskpro_kernels.reference import nm_linear_reference
 from maskpro_kernels.support import candidates
@@ -96,7 +96,7 @@ def _expanded_linear(o: Operands) -> Tensor:
 
     dtype = multiplied_in(o.x.dtype, o.values.dtype)
     dense = expand(o.values, o.bitmask, o.x.shape[1], o.pattern, dtype)
-    if o.scale is not None:  # rounded into the weight, a sum of int8 products times its scale could leave float16
+    if o.scale is not None:  # rounded into the weight: a sum of int8 or fp8 products could leave float16
         dense.mul_(o.scale.unsqueeze(1))
     bias = None if o.bias is None else o.bias.to(dtype)
     return F.linear(o.x.to(dtype), dense, bias).to(o.x.dtype)
@@ -111,7 +111,7 @@ def ways(backend: str, operands: Operands, device: Device) -> dict[Plan, Run]:
 
 
 def _tiles(problem: Problem, device: Device) -> list[Tile]:
-    stored = 4 if problem.activation == torch.float32 or problem.weight not in (problem.activation, torch.int8) else 2
+    stored = 4 if problem.activation == torch.float32 or problem.weight not in (problem.activation, *EIGHT_BITS) else 2
     return tiles(problem.tokens, problem.out_features, problem.in_features, device.processors, stored)
 
 
