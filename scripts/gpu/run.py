@@ -29,7 +29,7 @@ RESULTS = REPOSITORY / "docs" / "results"
 PATHS = [str(REPOSITORY), str(REPOSITORY / "kernels"), str(REPOSITORY / "learner")]
 SECTIONS = ("tests", "kernels", "learner", "serve")
 TESTS = (
-    "tests/kernels/test_nm_linear_triton.py", "tests/kernels/test_cuda_dispatch.py",
+    "tests/kernels/test_nm_linear_triton.py", "tests/kernels/test_cuda_dispatch.py", "tests/kernels/test_w8a8.py",
     "tests/kernels/test_policy_step_triton.py", "tests/learner/test_trainer.py", "tests/learner/test_distributed.py",
 )  # fmt: skip
 
@@ -75,7 +75,8 @@ def _test_file(file: str, seconds: float) -> str:
     """pytest's last line."""
     plain = [] if importlib.util.find_spec("pytest_timeout") else ["-c", os.devnull, f"--rootdir={REPOSITORY}"]
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--import-mode=importlib", *plain, file]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([*PATHS, os.environ.get("PYTHONPATH", "")])}
+    paths = [*PATHS, str(REPOSITORY / Path(file).parent)]  # helpers of the tests
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])}
     try:
         done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired as error:
