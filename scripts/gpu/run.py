@@ -27,7 +27,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[2]
 RESULTS = REPOSITORY / "docs" / "results"
 PATHS = [str(REPOSITORY), str(REPOSITORY / "kernels"), str(REPOSITORY / "learner")]
-SECTIONS = ("tests", "kernels", "learner", "serve")
+SECTIONS = ("tests", "kernels", "w8a8", "learner", "serve")
 TESTS = (
     "tests/kernels/test_nm_linear_triton.py", "tests/kernels/test_cuda_dispatch.py", "tests/kernels/test_w8a8.py",
     "tests/kernels/test_policy_step_triton.py", "tests/learner/test_trainer.py", "tests/learner/test_distributed.py",
@@ -100,12 +100,14 @@ def main() -> None:
     from kernel_table import kernel_rows
     from learning_step import learner_rows
     from rows import OutOfTimeError, Rows, table, this_machine
+    from w8a8_table import w8a8_rows
 
     machine, deadline = this_machine(), time.monotonic() + arguments.seconds
     print(machine, flush=True)
     sections: dict[str, Callable[[Rows], None]] = {
         "tests": lambda rows: test_rows(rows, arguments.seconds / 8),
         "kernels": lambda rows: kernel_rows(rows, arguments.everything),
+        "w8a8": lambda rows: w8a8_rows(rows, arguments.everything),
         "learner": learner_rows,
         "serve": lambda rows: serve_rows(rows, arguments.everything),
     }
