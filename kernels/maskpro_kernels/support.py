@@ -96,10 +96,14 @@ def _no_cusparselt() -> str | None:
     return None if torch.backends.cusparselt.is_available() else "this torch is built without cuSPARSELt"
 
 
+def _no_cusparselt_int8() -> str | None:
+    return _no_cusparselt() or _no_triton()  # which rounds activations
+
+
 def _no_cusparselt_fp8() -> str | None:
-    version = torch.backends.cusparselt.version()
-    if reason := _no_cusparselt():
+    if reason := _no_cusparselt_int8():
         return reason
+    version = torch.backends.cusparselt.version()
     return None if version is None or version >= 602 else f"needs cuSPARSELt 0.6.2 for fp8, found {version}"
 
 
@@ -127,7 +131,7 @@ BACKENDS = (
     # Activations of 8 bits as well. The multiples are torch's (torch.sparse.SparseSemiStructuredTensorCUSPARSELT).
     Backend(
         "cusparselt-int8", ("cuda",), _HALVES, (torch.int8,), patterns=_TWO_OF_FOUR, capability=(8, 0),
-        multiples=(32, 32), prepared="eight_bit", missing=_no_cusparselt,
+        multiples=(32, 32), prepared="eight_bit", missing=_no_cusparselt_int8,
     ),
     Backend(
         "cusparselt-fp8", ("cuda",), _HALVES, (torch.float8_e4m3fn,), patterns=_TWO_OF_FOUR, capability=(8, 9),

@@ -30,7 +30,8 @@ PATHS = [str(REPOSITORY), str(REPOSITORY / "kernels"), str(REPOSITORY / "learner
 SECTIONS = ("tests", "kernels", "w8a8", "learner", "serve")
 TESTS = (
     "tests/kernels/test_nm_linear_triton.py", "tests/kernels/test_cuda_dispatch.py", "tests/kernels/test_w8a8.py",
-    "tests/kernels/test_policy_step_triton.py", "tests/learner/test_trainer.py", "tests/learner/test_distributed.py",
+    "tests/kernels/test_round_inputs_triton.py", "tests/kernels/test_policy_step_triton.py",
+    "tests/learner/test_trainer.py", "tests/learner/test_distributed.py",
 )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from maskpro_kernels.bits import unpack_bits
 from maskpro_kernels.cuda import prepare
 from maskpro_kernels.cuda.semi_structured import EightBitWeight
 from maskpro_kernels.reference import nm_linear_reference, nm_linear_w8a8_reference
+from maskpro_kernels.triton.round_inputs import round_inputs
 
 DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 _LEAST_CAPABILITY = {"int8": (8, 0), "fp8": (8, 9)}
@@ -49,7 +50,7 @@ def compare(shape: tuple[int, int], dtype: torch.dtype, tokens: int) -> dict[str
     weight, inputs = eight_bit(torch.randn(shape, device="cuda") * shape[1] ** -0.5, dtype), EightBitInputs(dtype)
     dense = dense_levels(weight)
     x = torch.randn((tokens, shape[1]), device="cuda").bfloat16()
-    levels, scale = inputs.rounded(padded(x))
+    levels, scale = round_inputs(x, inputs, _TOKENS)
     ours = [prepare(weight, torch.bfloat16, tokens, inputs)]
     while len(ours) * weight.nbytes < LEAST_BYTES:
         ours.append(prepare(copy(weight), torch.bfloat16, tokens, inputs))
@@ -93,14 +94,9 @@ def dense_levels(weight: NMWeight) -> Tensor:
     return dense.masked_scatter_(mask, weight.values.view(torch.uint8)).view(weight.values.dtype)
 
 
-def padded(x: Tensor) -> Tensor:
-    spare = -x.shape[0] % _TOKENS
-    return F.pad(x, (0, 0, 0, spare)) if spare else x
-
-
 def dense_w8a8(x: Tensor, dense: Tensor, weight_scale: Tensor, inputs: EightBitInputs) -> Tensor:
     """The whole layer of dense 8-bit weights, bfloat16 in and out."""
-    levels, scale = inputs.rounded(padded(x))
+    levels, scale = round_inputs(x, inputs, _TOKENS)
     y = product(levels, scale, dense, weight_scale)[: x.shape[0]]
     return y if y.dtype == x.dtype else (y * scale[: x.shape[0]] * weight_scale).to(x.dtype)
 

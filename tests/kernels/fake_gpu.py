@@ -74,3 +74,8 @@ class FakeGPU:
 
 EIGHT_BIT = {INT8: "cusparselt-int8", FP8: "cusparselt-fp8"}
 TIMES = {"triton": 10.0, "expand": 30.0, "cutlass": 20.0, "cusparselt": 8.0, **dict.fromkeys(EIGHT_BIT.values(), 4.0)}
+
+
+def rounded_and_padded(x: torch.Tensor, inputs: EightBitInputs, multiple: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the Triton kernel gives (test_round_inputs_triton.py)."""
+    return inputs.rounded(torch.nn.functional.pad(x, (0, 0, 0, -x.shape[0] % multiple)))

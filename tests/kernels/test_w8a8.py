@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fake_gpu import rounded_and_padded
 
 from maskpro_kernels import NMPattern, NMWeight, pack, to_int8, unpack
 from maskpro_kernels.activations import LARGEST, EightBitInputs
@@ -154,6 +155,7 @@ class CuSparseLt:
 def cusparselt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "_cslt_compress", CuSparseLt.compress)
     monkeypatch.setattr(torch, "_cslt_sparse_mm", CuSparseLt.multiply)
+    monkeypatch.setattr("maskpro_kernels.triton.round_inputs.round_inputs", rounded_and_padded)
 
 
 def check_w8a8(x: torch.Tensor, weight: NMWeight, inputs: EightBitInputs, bias: torch.Tensor | None) -> None:

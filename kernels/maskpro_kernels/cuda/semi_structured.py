@@ -30,8 +30,8 @@ from torch.nn import functional as F
 from maskpro_kernels.activations import LARGEST, EightBitInputs
 from maskpro_kernels.bits import unpack_bits
 
-_TOKENS = {1: 16, 2: 8}
-"""Both operators want the dense side in multiples of this; by the bytes of a number."""
+_TOKENS, _TOKENS_OF_8_BITS = 8, 16
+"""Both operators want the dense side in multiples of this."""
 
 
 def cutlass_metadata(bitmask: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ def _codes(device: torch.device) -> Tensor:
 
 def cutlass_linear(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None) -> Tensor:
     """``x @ W.T + bias`` for x (tokens, in_features) of the values' dtype, by ``torch._sparse_semi_structured_mm``."""
-    padded = _padded(x, x.itemsize).t()
+    padded = _padded(x).t()
     if bias is None:
         y = torch._sparse_semi_structured_mm(values, metadata, padded)
     else:
@@ -95,7 +95,7 @@ def values_of_buffer(buffer: Tensor, shape: torch.Size) -> Tensor:
 def cusparselt_linear(x: Tensor, buffer: Tensor, bias: Tensor | None) -> Tensor:
     """``x @ W.T + bias`` for x (tokens, in_features) of the buffer's dtype, by ``torch._cslt_sparse_mm``."""
     bias = None if bias is None else bias.to(x.dtype)
-    return torch._cslt_sparse_mm(buffer, _padded(x, x.itemsize).t(), bias=bias, transpose_result=True)[: x.shape[0]]
+    return torch._cslt_sparse_mm(buffer, _padded(x).t(), bias=bias, transpose_result=True)[: x.shape[0]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,8 +120,10 @@ def eight_bit_weight(buffer: Tensor, scale: Tensor, inputs: EightBitInputs) -> E
 
 def w8a8_linear(x: Tensor, weight: EightBitWeight, bias: Tensor | None) -> Tensor:
     """``rounded(x) @ W.T + bias`` for x (tokens, in_features) of 16 bits, by ``torch._cslt_sparse_mm``."""
+    from maskpro_kernels.triton.round_inputs import round_inputs
+
     tokens = x.shape[0]
-    levels, scale = weight.inputs.rounded(_padded(x, weight.buffer.itemsize))
+    levels, scale = round_inputs(x, weight.inputs, _TOKENS_OF_8_BITS)
     y = torch._cslt_sparse_mm(
         weight.buffer, levels.t(), alpha=weight.alpha, out_dtype=x.dtype, transpose_result=True
     )[:tokens]  # fmt: skip
@@ -129,7 +131,6 @@ def w8a8_linear(x: Tensor, weight: EightBitWeight, bias: Tensor | None) -> Tenso
     return y.mul_(span) if bias is None else torch.addcmul(bias.float(), y, span, out=y)
 
 
-def _padded(x: Tensor, itemsize: int) -> Tensor:
-    """More tokens of zeros, as many as a product wants whose dense side has numbers of so many bytes."""
-    spare = -x.shape[0] % _TOKENS[itemsize]
+def _padded(x: Tensor) -> Tensor:
+    spare = -x.shape[0] % _TOKENS
     return F.pad(x, (0, 0, 0, spare)) if spare else x.contiguous()
