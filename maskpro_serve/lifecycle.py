@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import signal
+import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, field
 from types import FrameType
@@ -27,7 +29,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 READY_PATH = "/ready"
 _WHILE_STOPPING = ("/health", "/metrics", "/ping")
 _LAST_SECONDS = 1.0
-"""Of the shutdown timeout, for telling those that are not done: once the engine is killed, vLLM answers them with 500."""
+"""Of the shutdown timeout, to tell those that are not done: once the engine is killed, vLLM answers them with 500."""
 
 
 @dataclass
@@ -38,15 +40,20 @@ class Process:
         loading: what answers on the port while the model loads.
         started: the API server has been ready.
         stopping: a signal asked it to stop.
-        out_of_time: the shutdown timeout is over, or about to be.
+        ends_at: when the requests that are left then are ended, on the monotonic clock.
         requests: the tasks of HTTP requests under way.
     """
 
     loading: LoadingServer | None = None
     started: bool = False
     stopping: bool = False
-    out_of_time: bool = False
+    ends_at: float = math.inf
     requests: set[asyncio.Task[Any]] = field(default_factory=set)
+
+    @property
+    def out_of_time(self) -> bool:
+        """The shutdown timeout is over, or about to be."""
+        return time.monotonic() >= self.ends_at
 
     def ready(self, app: Any) -> None:
         """vLLM is about to accept requests, and has installed its signal handlers."""
@@ -67,6 +74,7 @@ class Process:
         def stop(signum: int, frame: FrameType | None) -> None:
             if not self.stopping:
                 self.stopping = True
+                self.ends_at = time.monotonic() + seconds
                 loop.call_soon_threadsafe(loop.call_later, seconds, self._end_requests)
             if callable(previous):
                 previous(signum, frame)
@@ -74,7 +82,6 @@ class Process:
         signal.signal(number, stop)
 
     def _end_requests(self) -> None:
-        self.out_of_time = True
         for task in self.requests:
             task.cancel()
 
@@ -109,9 +116,17 @@ class Lifecycle:
         if path == READY_PATH:
             scope = {**scope, "path": root + "/health", "raw_path": None}
         begun: Message | None = None
+        broken_off = False
 
         async def sending(message: Message) -> None:
-            nonlocal begun
+            nonlocal begun, broken_off
+            if broken_off:
+                return
+            # The engine is gone, and a busy event loop has seen that before it came to _end_requests.
+            if PROCESS.out_of_time and _is_failure(message):
+                broken_off = True
+                await _break_off(begun, send)
+                return
             if message["type"] == "http.response.start":
                 begun = message
             await send(message)
@@ -124,9 +139,16 @@ class Lifecycle:
         except asyncio.CancelledError:
             if not PROCESS.out_of_time:
                 raise
-            await _break_off(begun, send)
+            if not broken_off:
+                await _break_off(begun, send)
         finally:
             PROCESS.requests.discard(task)
+
+
+def _is_failure(message: Message) -> bool:
+    if message["type"] == "http.response.start":
+        return bool(message["status"] == 500)
+    return message.get("body", b"").startswith(b'data: {"error"')
 
 
 def _announcing(scope: Scope, send: Send) -> Send:

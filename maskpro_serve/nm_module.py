@@ -50,6 +50,7 @@ class NMLinear(nn.Module):
         self.register_buffer("shape", torch.empty((2, 1), dtype=torch.int64, device=device))
         self.register_buffer("interleaved", None, persistent=False)
         self.bias = linear.bias
+        self._isa = 0  # of the kernels, once there is an interleaved weight
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, pattern={self.pattern}"
@@ -59,7 +60,7 @@ class NMLinear(nn.Module):
         if self.interleaved is None:
             return torch.ops.maskpro.nm_linear(x, self.compressed, self.bitmask, scale, self.bias, n, m)
         return torch.ops.maskpro.nm_linear_interleaved(
-            x, self.interleaved, scale, self.bias, self.out_features, self.in_features, n, m, self.dtype
+            x, self.interleaved, scale, self.bias, self.out_features, self.in_features, n, m, self.dtype, self._isa
         )
 
     def check(self) -> None:
@@ -89,8 +90,10 @@ class NMLinear(nn.Module):
         if self.compressed is None or self.compressed.device.type != "cpu":
             return
         self.dtype = self.compressed.dtype
-        if select_backend(self.pattern, torch.float32, self.dtype, "cpu").isa is None:
+        backend = select_backend(self.pattern, torch.float32, self.dtype, "cpu")
+        if backend.isa is None:
             return  # the reference reads weights as they are stored
+        self._isa = backend.isa_code
         self.interleaved = interleave(self.packed()).data
         self.compressed = self.bitmask = None
 

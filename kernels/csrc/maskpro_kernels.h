@@ -16,7 +16,7 @@ extern "C" {
 #endif
 
 // Raised with every incompatible change of this header; the Python loader checks it.
-#define MASKPRO_ABI_VERSION 4
+#define MASKPRO_ABI_VERSION 5
 
 enum maskpro_dtype { MASKPRO_F32 = 0, MASKPRO_BF16 = 1, MASKPRO_F16 = 2, MASKPRO_I8 = 3 };
 
@@ -68,6 +68,16 @@ MASKPRO_API int32_t maskpro_nm_linear(void* y, const void* x, const void* weight
                                       int64_t tokens, int64_t in_features, int64_t out_features, int32_t n, int32_t m,
                                       int32_t act_dtype, int32_t weight_dtype, int32_t bias_dtype, int32_t isa,
                                       int32_t threads);
+
+// Makes maskpro_nm_linear the CPU kernel of torch.ops.maskpro.nm_linear_interleaved; once, before its first call.
+// `libtorch` is what dlopen returned for torch's library, or for one that depends on it. MASKPRO_BAD_ARGUMENT if it is no
+// torch from 2.10 on. That operator uses as many threads as torch does.
+MASKPRO_API int32_t maskpro_register_torch_ops(void* libtorch);
+
+// Reports one in `every` (at least 1) calls of that operator, from the thread that called; NULL stops it. 50 ns a call.
+typedef void (*maskpro_observer)(int32_t isa, int32_t n, int32_t m, int64_t tokens, int64_t weight_bytes,
+                                 double seconds);
+MASKPRO_API void maskpro_observe_calls(maskpro_observer observer, int64_t every);
 
 // One step of learning (n:m) masks: updates logits by earlier draws, then writes a weight under the next draw.
 //

@@ -14,11 +14,14 @@ from torch import Tensor
 
 from maskpro_kernels.errors import NativeLibraryError
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 LIBRARY_NAME = "libmaskpro_kernels.so"
 
 ISA_CODES = {"portable": 0, "avx2": 1, "avx512": 2}
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+OBSERVER = ctypes.CFUNCTYPE(
+    None, ctypes.c_int32, ctypes.c_int32, ctypes.c_int32, ctypes.c_int64, ctypes.c_int64, ctypes.c_double
+)
 _STATUS = {1: "bad argument", 2: "instruction set not available", 3: "out of memory"}
 
 
@@ -53,7 +56,7 @@ def _share_openmp() -> None:
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The loaded native library.
+    """The loaded native library; torch.ops.maskpro.nm_linear_interleaved has a CPU kernel from then on.
 
     Raises:
         NativeLibraryError: it is not installed, or was built from other sources.
@@ -82,11 +85,17 @@ def library() -> ctypes.CDLL:
     lib.maskpro_interleave.restype = i32
     lib.maskpro_nm_linear.argtypes = [pointer] * 5 + [i64] * 3 + [i32] * 7
     lib.maskpro_nm_linear.restype = i32
+    lib.maskpro_observe_calls.argtypes = [OBSERVER, i64]
+    lib.maskpro_observe_calls.restype = None
+    lib.maskpro_register_torch_ops.argtypes = [pointer]
+    lib.maskpro_register_torch_ops.restype = i32
     u32, u64 = ctypes.c_uint32, ctypes.c_uint64
     lib.maskpro_policy_step.argtypes = (
         [pointer] * 4 + [i64] + [i32] * 3 + [pointer] * 3 + [i32, u64, u64, u32, i32, i32]
     )
     lib.maskpro_policy_step.restype = i32
+    if lib.maskpro_register_torch_ops(ctypes.CDLL(torch._C.__file__)._handle):
+        raise NativeLibraryError(f"{path}: expected torch 2.10 or later, found {torch.__version__}")
     return lib
 
 
@@ -104,7 +113,7 @@ def interleaved_bytes(in_features: int, out_features: int, n: int, m: int, dtype
 
 
 def interleave(values: Tensor, bitmask: Tensor | None, in_features: int, n: int, m: int, threads: int) -> Tensor:
-    """Brings a packed weight into the order that :func:`nm_linear` reads (csrc/interleaved.h).
+    """Brings a packed weight into the order that nm_linear_interleaved reads (csrc/interleaved.h).
 
     Args:
         values: (out_features, in_features * n / m), contiguous.
@@ -132,54 +141,6 @@ def interleave(values: Tensor, bitmask: Tensor | None, in_features: int, n: int,
             f"{values.dtype}, {n}:{m}, {threads} threads)"
         )
     return weight
-
-
-def nm_linear(
-    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, out_features: int, n: int, m: int,
-    dtype: torch.dtype, isa: str, threads: int,
-) -> Tensor:  # fmt: skip
-    """Calls the native kernel; arguments were checked by :mod:`maskpro_kernels.ops`.
-
-    Args:
-        x: (tokens, in_features), contiguous.
-        weight: from :func:`interleave`.
-        scale: float32 (out_features,) contiguous, or None for ones.
-        bias: (out_features,) contiguous, or None.
-        out_features: rows of the weight.
-        n: kept weights per group.
-        m: group size.
-        dtype: of the kept values.
-        isa: one of :func:`available_isas`.
-        threads: OpenMP threads to use, at least 1.
-
-    Returns:
-        (tokens, out_features), dtype of x.
-    """
-    tokens, in_features = x.shape
-    y = torch.empty((tokens, out_features), dtype=x.dtype)
-    status = library().maskpro_nm_linear(
-        y.data_ptr(),
-        x.data_ptr(),
-        weight.data_ptr(),
-        None if scale is None else scale.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        tokens,
-        in_features,
-        out_features,
-        n,
-        m,
-        _DTYPE_CODES[x.dtype],
-        _DTYPE_CODES[dtype],
-        0 if bias is None else _DTYPE_CODES[bias.dtype],
-        ISA_CODES[isa],
-        threads,
-    )
-    if status:
-        raise RuntimeError(
-            f"native nm_linear failed: {_STATUS.get(status, status)} (x {tuple(x.shape)} {x.dtype}, weight "
-            f"{out_features} x {in_features} {dtype}, {n}:{m}, {isa}, {threads} threads)"
-        )
-    return y
 
 
 def policy_step(

@@ -1,7 +1,8 @@
 """The operators of torch.ops.maskpro, their fakes and implementations, and their Python face.
 
-``nm_linear`` takes a weight as it is stored, ``nm_linear_interleaved`` as the CPU kernels read it. On a CUDA GPU the
-first chooses its kernel by the number of tokens: see cuda/dispatch.py.
+``nm_linear`` takes a weight as it is stored; on a CUDA GPU it chooses its kernel by the number of tokens, see
+cuda/dispatch.py. ``nm_linear_interleaved`` takes it as the CPU kernels read it, is written in C++ (csrc/torch_ops.cpp),
+and runs on the instruction set that its caller chose: see :attr:`Backend.isa_code`.
 """
 
 from __future__ import annotations
@@ -12,13 +13,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from maskpro_kernels import _cpu, call_timer
 from maskpro_kernels.bits import bitmask_width
 from maskpro_kernels.interleaved import InterleavedWeight, remembered
 from maskpro_kernels.packing import EIGHT_BITS, NMWeight
 from maskpro_kernels.pattern import NMPattern
 from maskpro_kernels.reference import nm_linear_reference
-from maskpro_kernels.support import Backend, select_backend
+from maskpro_kernels.support import select_backend
 
 _library = torch.library.Library("maskpro", "DEF")
 _library.define(
@@ -26,7 +26,7 @@ _library.define(
 )
 _library.define(
     "nm_linear_interleaved(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, int out_features, int in_features, "
-    "int n, int m, ScalarType dtype) -> Tensor"
+    "int n, int m, ScalarType dtype, int isa) -> Tensor"
 )
 
 
@@ -53,12 +53,23 @@ def nm_linear(x: Tensor, weight: NMWeight | InterleavedWeight, bias: Tensor | No
     n, m = weight.pattern.n, weight.pattern.m
     if isinstance(weight, NMWeight):
         return torch.ops.maskpro.nm_linear(x, weight.values, weight.bitmask, weight.scale, bias, n, m)
+    isa = _isa_code(n, m, x.dtype, weight.dtype)
     return torch.ops.maskpro.nm_linear_interleaved(
-        x, weight.data, weight.scale, bias, *weight.shape, n, m, weight.dtype
+        x, weight.data, weight.scale, bias, *weight.shape, n, m, weight.dtype, isa
     )
 
 
-# Called for every linear of every step: a microsecond here is one per cent of a small model's token.
+def _choose_isa(n: int, m: int, activation: torch.dtype, weight: torch.dtype) -> int:
+    backend = select_backend(_pattern(n, m), activation, weight, "cpu")
+    if backend.isa is None:
+        raise ValueError(f"nm_linear: {backend.name} reads weights as they are stored, not interleaved ones")
+    return backend.isa_code
+
+
+# Chosen when a model is compiled, as elsewhere when it is loaded.
+_isa_code: Callable[[int, int, torch.dtype, torch.dtype], int] = torch.compiler.assume_constant_result(_choose_isa)
+
+
 _pattern = functools.cache(NMPattern)
 
 
@@ -124,7 +135,9 @@ def _forward(
     if backend.isa is None:
         return nm_linear_reference(rows, values, bitmask, scale, bias).reshape(*x.shape[:-1], values.shape[0])
     weight = remembered(values, bitmask, x.shape[-1], pattern)
-    return _native(x, weight, scale, bias, values.shape[0], pattern, values.dtype, backend)
+    return torch.ops.maskpro.nm_linear_interleaved(
+        x, weight, scale, bias, values.shape[0], x.shape[-1], n, m, values.dtype, backend.isa_code
+    )
 
 
 @functools.cache
@@ -135,50 +148,6 @@ def _on_cuda() -> Callable[..., Tensor]:
     return on_cuda
 
 
-def _forward_interleaved(
-    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, out_features: int, in_features: int, n: int,
-    m: int, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    pattern = _pattern(n, m)
-    if x.dim() < 1 or x.shape[-1] != in_features:
-        raise ValueError(
-            f"nm_linear: expected x (..., {in_features}), in_features of the weight, found {tuple(x.shape)}"
-        )
-    size = _interleaved_bytes(in_features, out_features, n, m, dtype)
-    if weight.numel() != size or weight.dtype != torch.uint8 or not weight.is_contiguous():
-        raise ValueError(
-            f"nm_linear: expected an interleaved weight of {size} contiguous bytes ({pattern}, {out_features} x "
-            f"{in_features}, {dtype}), found {weight.numel()} of {weight.dtype}"
-        )
-    _check_scale(x, scale, dtype, out_features)
-    _check_bias(x, bias, out_features)
-    backend = select_backend(pattern, x.dtype, dtype, "cpu")
-    if backend.isa is None:
-        raise ValueError(f"nm_linear: {backend.name} reads weights as they are stored, not interleaved ones")
-    return _native(x, weight, scale, bias, out_features, pattern, dtype, backend)
-
-
-@functools.cache
-def _interleaved_bytes(in_features: int, out_features: int, n: int, m: int, dtype: torch.dtype) -> int:
-    return _cpu.interleaved_bytes(in_features, out_features, n, m, dtype)
-
-
-def _native(
-    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, out_features: int, pattern: NMPattern,
-    dtype: torch.dtype, backend: Backend,
-) -> Tensor:  # fmt: skip
-    assert backend.isa is not None
-    rows = (x if x.dim() == 2 else x.reshape(-1, x.shape[-1])).contiguous()
-    started = call_timer.start()
-    y = _cpu.nm_linear(
-        rows, weight, scale, None if bias is None else bias.contiguous(), out_features, pattern.n, pattern.m, dtype,
-        backend.isa, torch.get_num_threads(),
-    )  # fmt: skip
-    if started:
-        call_timer.stop(started, backend.name, pattern, rows.shape[0], weight.nbytes)
-    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], out_features)
-
-
 def _fake(
     x: Tensor, values: Tensor, bitmask: Tensor, scale: Tensor | None, bias: Tensor | None, n: int, m: int
 ) -> Tensor:
@@ -187,13 +156,12 @@ def _fake(
 
 def _fake_interleaved(
     x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, out_features: int, in_features: int, n: int,
-    m: int, dtype: torch.dtype,
+    m: int, dtype: torch.dtype, isa: int,
 ) -> Tensor:  # fmt: skip
     return x.new_empty((*x.shape[:-1], out_features))
 
 
 _library.impl("nm_linear", _forward, "CPU")
 _library.impl("nm_linear", _forward, "CUDA")
-_library.impl("nm_linear_interleaved", _forward_interleaved, "CPU")
 torch.library.register_fake("maskpro::nm_linear", _fake, lib=_library)
 torch.library.register_fake("maskpro::nm_linear_interleaved", _fake_interleaved, lib=_library)

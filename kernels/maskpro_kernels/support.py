@@ -76,6 +76,17 @@ class Backend:
         return reason
 
     @property
+    def isa_code(self) -> int:
+        """Its instruction set, as ``nm_linear_interleaved`` takes it.
+
+        Raises:
+            ValueError: it is no native CPU backend.
+        """
+        if self.isa is None:
+            raise ValueError(f"{self.name} has no native instruction set")
+        return _cpu.ISA_CODES[self.isa]
+
+    @property
     def unavailable(self) -> str | None:
         """Why this machine cannot run it, or None if it can."""
         if self.missing is not None:

@@ -98,8 +98,9 @@ class NMLinearMethod(LinearMethodBase):
         scale = getattr(layer, "weight_scale", None)
         if not hasattr(layer, "bitmask"):
             return torch.ops.maskpro.nm_linear_interleaved(
-                x, layer.weight_packed, scale, bias, *layer.maskpro_shape, pattern.n, pattern.m, layer.maskpro_dtype
-            )
+                x, layer.weight_packed, scale, bias, *layer.maskpro_shape, pattern.n, pattern.m, layer.maskpro_dtype,
+                layer.maskpro_isa,
+            )  # fmt: skip
         return torch.ops.maskpro.nm_linear(x, layer.weight_packed, layer.bitmask, scale, bias, pattern.n, pattern.m)
 
     def _keep(self, layer: Any, weight: NMWeight, inputs: EightBitInputs | None) -> None:
@@ -126,6 +127,7 @@ class NMLinearMethod(LinearMethodBase):
             order = interleave(weight)
             nbytes = order.nbytes
             layer.weight_packed = Parameter(order.data, requires_grad=False)
+            layer.maskpro_isa = backend.isa_code
         if weight.scale is not None:
             layer.weight_scale = Parameter(weight.scale.contiguous(), requires_grad=False)
         if weight.pattern == self.config.pattern:

@@ -87,7 +87,9 @@ def test_stays_within_its_buffers(isa, pattern, groups, rows, tokens, dtypes, th
             threads,
         )  # fmt: skip
         assert status == OK
-        expected = _cpu.nm_linear(x, expected_order.data, scale, bias, rows, pattern.n, pattern.m, kept, isa, 1)
+        expected = torch.ops.maskpro.nm_linear_interleaved(
+            x, expected_order.data, scale, bias, rows, columns, pattern.n, pattern.m, kept, _cpu.ISA_CODES[isa]
+        )
         assert torch.equal(y, expected)
 
 
@@ -151,11 +153,12 @@ def test_every_half_precision_value_is_read_and_written_exactly(isa, dtype):
     finite = patterns[torch.isfinite(patterns)].reshape(-1, 1)
     x = torch.cat([finite, torch.zeros(finite.shape[0], 3, dtype=dtype)], dim=1)
     one = pack(torch.tensor([[1.0, 0, 0, 0]]), NMPattern(1, 4))
-    y = _cpu.nm_linear(x, interleave(one).data, None, None, 1, 1, 4, torch.float32, isa, 1)
+    run, code = torch.ops.maskpro.nm_linear_interleaved, _cpu.ISA_CODES[isa]
+    y = run(x, interleave(one).data, None, None, 1, 4, 1, 4, torch.float32, code)
     assert torch.equal(y, finite)
     ones = torch.ones(finite.shape[0], 1, dtype=torch.uint8)
     order = _cpu.interleave(finite, ones, 4, 1, 4, 1)
-    kept = _cpu.nm_linear(torch.tensor([[1.0, 0, 0, 0]]), order, None, None, len(finite), 1, 4, dtype, isa, 1)
+    kept = run(torch.tensor([[1.0, 0, 0, 0]]), order, None, None, len(finite), 4, 1, 4, dtype, code)
     assert torch.equal(kept[0], finite[:, 0].float())
 
 
@@ -174,5 +177,7 @@ def test_rounds_as_torch_does(isa, dtype):
     bias = torch.where(torch.isnan(bias), torch.nan, bias)
     order = _cpu.interleave(torch.zeros(bias.numel(), 1), torch.ones(bias.numel(), 1, dtype=torch.uint8), 4, 1, 4, 1)
     x = torch.ones(1, 4, dtype=dtype)
-    y = _cpu.nm_linear(x, order, None, bias, bias.numel(), 1, 4, torch.float32, isa, 1)
+    y = torch.ops.maskpro.nm_linear_interleaved(
+        x, order, None, bias, bias.numel(), 4, 1, 4, torch.float32, _cpu.ISA_CODES[isa]
+    )
     torch.testing.assert_close(y[0], bias.to(dtype), rtol=0, atol=0, equal_nan=True)

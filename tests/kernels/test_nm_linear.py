@@ -143,11 +143,11 @@ def test_an_interleaved_weight_of_another_size_is_refused():
         ValueError, match=r"of 1152 contiguous bytes \(2:4, 16 x 64, torch.bfloat16\), found 2176 of torch.uint8"
     ):
         torch.ops.maskpro.nm_linear_interleaved(
-            torch.randn(3, 64), weight.data, None, None, 16, 64, 2, 4, torch.bfloat16
+            torch.randn(3, 64), weight.data, None, None, 16, 64, 2, 4, torch.bfloat16, 0
         )
     with pytest.raises(ValueError, match=r"of 2176 contiguous bytes"):
         torch.ops.maskpro.nm_linear_interleaved(
-            torch.randn(3, 64), weight.data[:1].expand(2176), None, None, 16, 64, 2, 4, torch.float32
+            torch.randn(3, 64), weight.data[:1].expand(2176), None, None, 16, 64, 2, 4, torch.float32, 0
         )
     with pytest.raises(ValueError, match=r"interleave: expected one of .*, found torch\.int8"):
         interleave_dense(torch.ones(4, 8, dtype=torch.int8))
@@ -224,7 +224,7 @@ def test_opcheck(dtype):
         arguments = (x, weight.values, weight.bitmask, None, torch.randn(16).to(dtype), 2, 4)
         torch.library.opcheck(torch.ops.maskpro.nm_linear.default, arguments)
         order = interleave(weight)
-        arguments = (x, order.data, None, torch.randn(16).to(dtype), 16, 64, 2, 4, dtype)
+        arguments = (x, order.data, None, torch.randn(16).to(dtype), 16, 64, 2, 4, dtype, 0)
         torch.library.opcheck(torch.ops.maskpro.nm_linear_interleaved.default, arguments)
 
 

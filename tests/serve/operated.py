@@ -109,7 +109,7 @@ def engine_processes(server: Server) -> list[psutil.Process]:
     return [child for child in children if "EngineCore" in " ".join([child.name(), *child.cmdline()])]
 
 
-def wait_until(condition, seconds: float = 20.0) -> None:
+def wait_until(condition, seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "not within the time"

@@ -67,6 +67,7 @@ def test_the_drain_ends_what_it_cannot_finish(process, lines, stream):
         request = asyncio.ensure_future(call(RequestLog(Lifecycle(application))))
         await begun.wait()
         assert process.requests == {request}
+        process.ends_at = 0.0
         process._end_requests()
         return await asyncio.wait_for(request, 5)
 
@@ -78,6 +79,28 @@ def test_the_drain_ends_what_it_cannot_finish(process, lines, stream):
     else:
         assert sent[0]["status"] == 503
     assert lines[0]["outcome"] == ("failed" if stream else "rejected")
+
+
+@pytest.mark.parametrize("late", [True, False])
+@pytest.mark.parametrize("stream", [True, False])
+def test_the_drain_hides_that_the_engine_is_gone(process, lines, stream, late):
+    """A busy event loop hears of the engine's end before it comes to end the requests."""
+
+    async def application(scope, receive, send):
+        if stream:
+            await send(STREAM)
+            await send({"type": "http.response.body", "body": b'data: {"error": "dead"}\n\n', "more_body": True})
+            await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+        else:
+            await send({**STREAM, "status": 500})
+            await send({"type": "http.response.body", "body": b"dead"})
+
+    process.ends_at = 0.0 if late else float("inf")
+    sent = asyncio.run(call(RequestLog(Lifecycle(application))))
+    assert (b"shut" in sent[-1]["body"]) == late
+    assert (b"dead" in b"".join(message.get("body", b"") for message in sent)) != late
+    assert sent[0]["status"] == (200 if stream else 503 if late else 500)
+    assert lines[0]["outcome"] == ("failed" if stream or not late else "rejected")
 
 
 def test_a_request_that_its_client_cancels_is_no_drain(process, lines):

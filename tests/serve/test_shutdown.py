@@ -44,8 +44,8 @@ def test_loads_serves_and_drains(tiny, tmp_path):
         # SIGTERM while more run than fit: those that wait finish as well, but for two that cannot in 25 s.
         load = Load(server.url, 2 * SEQUENCES, 100)
         endless = Load(server.url, 2, 32000)
-        busy = "vllm:num_requests_running", "vllm:num_requests_waiting"
-        wait_until(lambda: sum(sample(server.get("/metrics"), name) for name in busy) == 2 * SEQUENCES + 2)
+        taken = "vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:request_success_total"
+        wait_until(lambda: sum(sample(server.get("/metrics"), name) for name in taken) == 2 * SEQUENCES + 2)
         server.send_signal(signal.SIGTERM)
         wait_until(lambda: answers(server.url, "/ready") == 503)
         late = complete(server.url, 4)
