@@ -127,7 +127,7 @@ class NMLinearMethod(LinearMethodBase):
             order = interleave(weight)
             nbytes = order.nbytes
             layer.weight_packed = Parameter(order.data, requires_grad=False)
-            layer.maskpro_isa = backend.isa_code
+            layer.maskpro_isa = order.isa
         if weight.scale is not None:
             layer.weight_scale = Parameter(weight.scale.contiguous(), requires_grad=False)
         if weight.pattern == self.config.pattern:
