@@ -139,12 +139,12 @@ def backends(pattern: NMPattern, values: torch.dtype) -> dict[str, str]:
     devices = {"cpu": torch.float32}
     if torch.cuda.is_available():
         devices["cuda"] = torch.bfloat16
-    if values == torch.float8_e4m3fn:
-        values = torch.bfloat16  # which it is widened to when it is loaded
     found = {}
     for device, activation in devices.items():
+        widened = device == "cpu" and values == torch.float8_e4m3fn  # when it is loaded
+        kept = torch.bfloat16 if widened else values
         try:
-            found[device] = select_backend(pattern, activation, values, device).name
+            found[device] = select_backend(pattern, activation, kept, device).name
         except ValueError as error:
             found[device] = f"none: {error}"
     return found

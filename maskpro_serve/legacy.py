@@ -178,7 +178,7 @@ def _groups(config: Mapping[str, Any], where: str) -> tuple[tuple[tuple[str, ...
 
 
 def _quantization(group: Mapping[str, Any], where: str) -> LinearScheme:
-    """The scheme of one group's layers; how their activations are quantized matters for the tensors it brings only."""
+    """The scheme of one group's layers; activations with zero points, or unlike the weights, are never rounded."""
     if group.get("output_activations"):
         raise CheckpointError(f"{where}: output_activations: expected none, quantized outputs cannot be served")
     weights, inputs = group.get("weights") or {"num_bits": None}, group.get("input_activations")
@@ -189,8 +189,9 @@ def _quantization(group: Mapping[str, Any], where: str) -> LinearScheme:
     if not inputs:
         return LinearScheme(False, values, strategy)
     _eight_bits(inputs, f"{where}: input_activations", ("token", "tensor"))
-    static = not inputs.get("dynamic")
-    return LinearScheme(False, values, strategy, static, static and not inputs.get("symmetric", True))
+    static, symmetric = not inputs.get("dynamic"), inputs.get("symmetric", True)
+    rounded = values if symmetric and _VALUES[inputs.get("type", "int")] == values else None
+    return LinearScheme(False, values, strategy, static, static and not symmetric, rounded)
 
 
 def _eight_bits(arguments: Any, where: str, strategies: tuple[str, ...]) -> str:

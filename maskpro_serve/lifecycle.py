@@ -82,6 +82,7 @@ class Process:
         signal.signal(number, stop)
 
     def _end_requests(self) -> None:
+        self.ends_at = min(self.ends_at, time.monotonic())  # uvloop's timers may be a millisecond early
         for task in self.requests:
             task.cancel()
 
@@ -115,6 +116,8 @@ class Lifecycle:
             return
         if path == READY_PATH:
             scope = {**scope, "path": root + "/health", "raw_path": None}
+        task = asyncio.current_task()
+        assert task is not None
         begun: Message | None = None
         broken_off = False
 
@@ -125,18 +128,17 @@ class Lifecycle:
             # The engine is gone, and a busy event loop has seen that before it came to _end_requests.
             if PROCESS.out_of_time and _is_failure(message):
                 broken_off = True
+                PROCESS.requests.discard(task)  # or _end_requests might cancel it half way
                 await _break_off(begun, send)
                 return
             if message["type"] == "http.response.start":
                 begun = message
             await send(message)
 
-        task = asyncio.current_task()
-        assert task is not None
         PROCESS.requests.add(task)
         try:
             await self._app(scope, receive, sending)
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, Exception):
             if not PROCESS.out_of_time:
                 raise
             if not broken_off:
@@ -148,7 +150,7 @@ class Lifecycle:
 def _is_failure(message: Message) -> bool:
     if message["type"] == "http.response.start":
         return bool(message["status"] == 500)
-    return message.get("body", b"").startswith(b'data: {"error"')
+    return bytes(message.get("body", b"")).startswith((b'data: {"error"', b"event: error"))
 
 
 def _announcing(scope: Scope, send: Send) -> Send:

@@ -6,8 +6,11 @@ through prometheus-client's multiprocess mode; ``maskpro-serve`` sets its folder
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
+import threading
+import time
 from collections import Counter as Count
 from dataclasses import asdict, dataclass, field
 
@@ -15,7 +18,7 @@ import torch
 from prometheus_client import Counter, Gauge, Histogram
 
 from maskpro_kernels import NMPattern
-from maskpro_kernels.call_timer import observe_calls
+from maskpro_kernels.call_timer import TimedCall, take_timed, time_calls
 from maskpro_kernels.interleaved import DENSE
 
 logger = logging.getLogger("vllm.maskpro")  # under vLLM's logger, so its handler and level apply
@@ -23,6 +26,8 @@ logger = logging.getLogger("vllm.maskpro")  # under vLLM's logger, so its handle
 SAMPLING_VARIABLE = "MASKPRO_KERNEL_SAMPLING"
 """One kernel call in this many is timed; 0 times none."""
 _SAMPLING = 127  # prime: walks over all layers; about one sample a step of a model of 30 layers
+
+_RECORD_S = 1.0
 
 LINEAR_LAYERS = Gauge(
     "maskpro_linear_layers",
@@ -101,11 +106,30 @@ def sampling_period() -> int:
     return int(text)
 
 
-def observe_kernel(backend: str, pattern: NMPattern, tokens: int, weight_bytes: int, seconds: float) -> None:
+def record_kernel(call: TimedCall) -> None:
     """Records one timed kernel call; 10 microseconds, in multiprocess mode."""
-    labels = (backend, "dense" if pattern == DENSE else str(pattern), token_range(tokens))
-    KERNEL_SECONDS.labels(*labels).observe(seconds)
-    KERNEL_BYTES.labels(*labels).inc(weight_bytes)
+    pattern = "dense" if call.pattern == DENSE else str(call.pattern)
+    labels = (call.backend, pattern, token_range(call.tokens))
+    KERNEL_SECONDS.labels(*labels).observe(call.seconds)
+    KERNEL_BYTES.labels(*labels).inc(call.weight_bytes)
+
+
+def record_kernels(period: int) -> None:
+    """From now on, times one kernel call in ``period`` of this process (0: none) and records the times every second."""
+    time_calls(period)
+    if period:
+        _start_recorder()
+
+
+@functools.cache
+def _start_recorder() -> None:
+    def record() -> None:
+        while True:
+            time.sleep(_RECORD_S)
+            for call in take_timed():
+                record_kernel(call)
+
+    threading.Thread(target=record, name="maskpro-metrics", daemon=True).start()
 
 
 @dataclass
@@ -152,8 +176,7 @@ class LayerTally:
     def _report(self) -> None:
         threads = torch.get_num_threads()
         KERNEL_THREADS.set(threads)
-        if period := sampling_period():
-            observe_calls(observe_kernel, period)
+        record_kernels(sampling_period())
         layers = ", ".join(f"{count} on {backend}" for backend, count in sorted(self._backends.items())) or "none"
         logger.info(
             "maskpro: %s linear layers: %s; %.1f MB packed, %.4f of their dense bytes; %d thread%s",

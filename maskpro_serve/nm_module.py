@@ -80,7 +80,9 @@ class NMLinear(nn.Module):
         """The weight as a checkpoint stores it."""
         size = (self.out_features, self.in_features)
         if self.interleaved is not None:
-            return packed_again(InterleavedWeight(self.interleaved, self._scale(), size, self.pattern, self.dtype))
+            return packed_again(
+                InterleavedWeight(self.interleaved, self._scale(), size, self.pattern, self.dtype, self._isa)
+            )
         assert self.compressed is not None
         assert self.bitmask is not None
         return NMWeight(self.compressed, self.bitmask, size, self.pattern, self._scale())
@@ -90,17 +92,28 @@ class NMLinear(nn.Module):
         if self.compressed is None or self.compressed.device.type != "cpu":
             return
         self.dtype = self.compressed.dtype
-        backend = select_backend(self.pattern, torch.float32, self.dtype, "cpu")
-        if backend.isa is None:
+        if select_backend(self.pattern, torch.float32, self.dtype, "cpu").isa is None:
             return  # the reference reads weights as they are stored
-        self._isa = backend.isa_code
-        self.interleaved = interleave(self.packed()).data
+        order = interleave(self.packed())
+        self.interleaved, self._isa = order.data, order.isa
         self.compressed = self.bitmask = None
 
     def _unsettle(self) -> None:
         if self.interleaved is not None:
             weight = self.packed()
             self.compressed, self.bitmask, self.interleaved = weight.values, weight.bitmask, None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickled as stored: the order and the instruction set are this machine's."""
+        if self.interleaved is None:
+            return self.__dict__
+        weight, buffers = self.packed(), dict(self._buffers)
+        buffers |= {"compressed": weight.values, "bitmask": weight.bitmask, "interleaved": None}
+        return {**self.__dict__, "_buffers": buffers}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.settle()
 
     def _scale(self) -> Tensor | None:
         return None if self.weight_scale is None else self.weight_scale.flatten()

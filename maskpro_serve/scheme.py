@@ -19,6 +19,8 @@ class LinearScheme:
         scale: ``channel`` for a (out_features, 1) ``weight_scale``, ``tensor`` for one number, None with ``values``.
         input_scale: there is a static ``input_scale`` of the activations.
         input_zero_point: there is an ``input_zero_point`` as well.
+        inputs: activations may be rounded to this dtype, that of ``values``: to multiples of ``input_scale`` where
+            there is one, else of a scale for each token. None if they may not.
     """
 
     compressed: bool
@@ -26,6 +28,7 @@ class LinearScheme:
     scale: str | None = None
     input_scale: bool = False
     input_zero_point: bool = False
+    inputs: torch.dtype | None = None
 
 
 def scheme_of_packed(packed: PackedFormat, name: str) -> LinearScheme | None:

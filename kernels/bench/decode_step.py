@@ -24,8 +24,7 @@ from typing import Any
 
 from machine import this_machine
 
-from maskpro_kernels import NMPattern
-from maskpro_kernels.call_timer import observe_calls
+from maskpro_kernels.call_timer import take_timed, time_calls
 from maskpro_serve.cpu_defaults import choose_here
 
 PARTS = {
@@ -70,6 +69,7 @@ class Clock:
                 return inner(*args, **kwargs)
             finally:
                 took = time.perf_counter() - begin
+                self._take_kernels()
                 self._open.pop()
                 self.seconds[frame[0]] += took - frame[1]
                 self.calls[frame[0]] += 1
@@ -78,14 +78,14 @@ class Clock:
 
         setattr(owner, name, timed)
 
-    def kernel(self, backend: str, pattern: NMPattern, tokens: int, weight_bytes: int, seconds: float) -> None:
-        """Takes a call that the kernels timed themselves."""
-        if self._open:
-            if any(entry[0] == HEAD for entry in self._open):
-                return
-            self._open[-1][1] += seconds
-        self.seconds[KERNELS] += seconds
-        self.calls[KERNELS] += 1
+    def _take_kernels(self) -> None:
+        """Takes the calls that the kernels timed themselves since a part last ended: this part's."""
+        frame = self._open[-1]
+        for call in take_timed():
+            if frame[0] != HEAD:
+                frame[1] += call.seconds
+                self.seconds[KERNELS] += call.seconds
+                self.calls[KERNELS] += 1
 
 
 def _resolve(dotted: str) -> tuple[Any, str]:
@@ -149,7 +149,7 @@ def main() -> None:
 
     engine.generate(prompts, sampling, use_tqdm=False)  # warm-up
     llm_engine.step = counted  # type: ignore[method-assign]
-    observe_calls(clock.kernel, 1)
+    time_calls(1)
     clock.seconds.clear()
     clock.calls.clear()
     engine.generate(prompts, sampling, use_tqdm=False)

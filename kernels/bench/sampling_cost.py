@@ -4,8 +4,8 @@
 
 One vLLM engine on sparse-llama, eager, one sequence. Every pair times the same completion with sampling on and off, the
 order changing from pair to pair, and gives a ratio; the tokens must be equal. Because a shared machine is noisier than
-what is looked for, the parts are timed as well, on a call so small that it has nothing else to do: what a call costs
-that is not sampled, and one that is.
+what is looked for, the parts are timed as well: on a call so small that it has nothing else to do, what a call costs
+that is not sampled and one that is; and what recording a sample takes, in a thread of its own, once a second.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ import torch
 from vllm import LLM, SamplingParams
 
 from maskpro_kernels import NMPattern, nm_linear, pack
-from maskpro_kernels.call_timer import observe_calls
+from maskpro_kernels.call_timer import TimedCall, take_timed, time_calls
 from maskpro_kernels.interleaved import interleave
-from maskpro_serve.metrics import observe_kernel, sampling_period
+from maskpro_serve.metrics import record_kernel, record_kernels, sampling_period
 from maskpro_serve.models import resolve_model
 
 
@@ -61,19 +61,16 @@ def main() -> None:
     period = sampling_period()
 
     def decode(sampled: bool) -> tuple[float, list[int]]:
-        observe_calls(observe_kernel if sampled else None, period)
+        record_kernels(period if sampled else 0)
         begin = time.perf_counter()
         output = llm.generate(["The lighthouse"], sampling, use_tqdm=False)[0]
         return time.perf_counter() - begin, list(output.outputs[0].token_ids)
 
-    calls = 0
-
-    def count(*call: object) -> None:
-        nonlocal calls
-        calls += 1
-
-    observe_calls(count, 1)
+    time_calls(1)
+    take_timed()
     llm.generate(["The lighthouse"], sampling, use_tqdm=False)
+    calls = len(take_timed())
+    record_kernels(period)  # starts the thread, for both sides
     expected = decode(False)[1]
     seconds: dict[bool, list[float]] = {True: [], False: []}
     for index in range(arguments.pairs):
@@ -84,13 +81,15 @@ def main() -> None:
     ratios = [on / off for on, off in zip(seconds[True], seconds[False], strict=True)]
 
     tiny, x = interleave(pack(torch.ones(16, 4), NMPattern(2, 4))), torch.ones(1, 4)
-    observe_calls(None, 1)
+    time_calls(0)
     off = per_call(lambda: nm_linear(x, tiny), 20_000)
-    observe_calls(observe_kernel, 1 << 60)
+    time_calls(1 << 60)
     skipped = per_call(lambda: nm_linear(x, tiny), 20_000) - off
-    observe_calls(observe_kernel, 1)
-    observed = per_call(lambda: nm_linear(x, tiny), 2_000) - off
-    observe_calls(None, 1)
+    time_calls(1)
+    timed = per_call(lambda: nm_linear(x, tiny), 20_000) - off
+    time_calls(0)
+    call = TimedCall("cpu-avx2", NMPattern(2, 4), 1, 1, 1e-4)
+    recorded = per_call(lambda: record_kernel(call), 2_000)
     best = min(seconds[False])
     report = {
         "command": " ".join(sys.argv),
@@ -104,8 +103,13 @@ def main() -> None:
         "ratio_median_95": median_interval(ratios),
         "ratio_quartiles": statistics.quantiles(ratios, n=4),
         "best_ratio": min(seconds[True]) / best,
-        "microseconds": {"call, off": off * 1e6, "not sampled": skipped * 1e6, "sampled": observed * 1e6},
-        "share_by_parts": calls * (skipped + observed / period) / best,
+        "microseconds": {
+            "call, off": off * 1e6,
+            "not sampled": skipped * 1e6,
+            "sampled": timed * 1e6,
+            "recorded": recorded * 1e6,
+        },
+        "share_by_parts": calls * (skipped + (timed + recorded) / period) / best,
     }
     print(json.dumps(report, indent=2))
     if arguments.json:

@@ -69,15 +69,28 @@ MASKPRO_API int32_t maskpro_nm_linear(void* y, const void* x, const void* weight
                                       int32_t act_dtype, int32_t weight_dtype, int32_t bias_dtype, int32_t isa,
                                       int32_t threads);
 
-// Makes maskpro_nm_linear the CPU kernel of torch.ops.maskpro.nm_linear_interleaved; once, before its first call.
-// `libtorch` is what dlopen returned for torch's library, or for one that depends on it. MASKPRO_BAD_ARGUMENT if it is no
-// torch from 2.10 on. That operator uses as many threads as torch does.
+// Makes maskpro_nm_linear the CPU kernel of torch.ops.maskpro.nm_linear_interleaved. `libtorch` is what dlopen returned
+// for torch's library, or for one that depends on it; only the first call does anything. MASKPRO_BAD_ARGUMENT if it is no
+// torch from 2.11 on. That operator uses as many threads as torch does.
 MASKPRO_API int32_t maskpro_register_torch_ops(void* libtorch);
 
-// Reports one in `every` (at least 1) calls of that operator, from the thread that called; NULL stops it. 50 ns a call.
-typedef void (*maskpro_observer)(int32_t isa, int32_t n, int32_t m, int64_t tokens, int64_t weight_bytes,
-                                 double seconds);
-MASKPRO_API void maskpro_observe_calls(maskpro_observer observer, int64_t every);
+// A timed call of that operator.
+struct maskpro_sample {
+  int64_t tokens;
+  int64_t weight_bytes;  // read
+  double seconds;
+  int32_t isa;
+  int32_t n;
+  int32_t m;
+};
+
+// Times one in `every` of the operator's calls, whichever thread makes them; 0 times none.
+MASKPRO_API void maskpro_sample_calls(int64_t every);
+
+// Moves up to `capacity` samples to `samples`, oldest first, and returns how many. MASKPRO_MAX_SAMPLES wait at most;
+// what comes then is dropped.
+#define MASKPRO_MAX_SAMPLES 4096
+MASKPRO_API int64_t maskpro_take_samples(struct maskpro_sample* samples, int64_t capacity);
 
 // One step of learning (n:m) masks: updates logits by earlier draws, then writes a weight under the next draw.
 //

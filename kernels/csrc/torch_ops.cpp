@@ -1,13 +1,13 @@
 // The CPU kernel of torch.ops.maskpro.nm_linear_interleaved (its schema and its fake are in maskpro_kernels/ops.py).
 //
 // Why not Python: a decode step calls it for every linear layer, and a small layer's product takes less time than an
-// operator written in Python and a call through ctypes: 20 microseconds then, 2 here.
-#include <atomic>
+// operator written in Python and a call through ctypes.
 #include <chrono>
 #include <stdexcept>
 #include <string>
 #include <utility>
 
+#include "call_samples.h"
 #include "maskpro_kernels.h"
 #include "torch_shim.h"
 
@@ -46,19 +46,8 @@ struct DTypes {
 
 DTypes dtypes;
 
-[[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument("nm_linear: " + what); }  // a ValueError
-
-// One in `every` calls is timed while there is an observer.
-std::atomic<maskpro_observer> observer{nullptr};
-std::atomic<int64_t> every{1};
-std::atomic<int64_t> left{1};
-
-bool is_sampled() {
-  if (observer.load(std::memory_order_relaxed) == nullptr) return false;
-  if (left.fetch_sub(1, std::memory_order_relaxed) > 1) return false;
-  left.store(every.load(std::memory_order_relaxed), std::memory_order_relaxed);
-  return true;
-}
+// Torch makes a ValueError of it.
+[[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument("nm_linear: " + what); }
 
 int32_t float_dtype(const Tensor& tensor, const char* name) {
   const int32_t dtype = dtypes.find(tensor.dtype());
@@ -74,7 +63,11 @@ void check_weight(const Tensor& weight, int64_t in_features, int64_t out_feature
   const int64_t bytes = narrow ? maskpro_interleaved_bytes(in_features, out_features, static_cast<int32_t>(n),
                                                            static_cast<int32_t>(m), dtype)
                                : -1;
-  if (bytes >= 0 && weight.numel() == bytes && weight.dtype() == torch.aoti_torch_dtype_uint8() &&
+  if (bytes < 0) {
+    refuse("expected n of every m = 4, 8, 16 or 32 kept and an in_features that m divides, found " +
+           std::to_string(n) + ":" + std::to_string(m) + " of " + std::to_string(in_features));
+  }
+  if (weight.numel() == bytes && weight.dtype() == torch.aoti_torch_dtype_uint8() &&
       weight.is_contiguous()) {
     return;
   }
@@ -105,7 +98,8 @@ void nm_linear_interleaved(Value* stack, uint64_t, uint64_t) {
   Tensor scale = Tensor::optional(stack[2]), bias = Tensor::optional(stack[3]);
   const auto out_features = static_cast<int64_t>(stack[4]), in_features = static_cast<int64_t>(stack[5]);
   const auto n = static_cast<int64_t>(stack[6]), m = static_cast<int64_t>(stack[7]);
-  const int32_t stored = static_cast<int32_t>(stack[8]), isa = static_cast<int32_t>(stack[9]);
+  const auto stored = static_cast<int32_t>(stack[8]);
+  const auto isa = static_cast<int64_t>(stack[9]);
 
   const int64_t dim = x.dim();
   if (dim < 1 || dim > Tensor::kMaxDim || x.sizes()[dim - 1] != in_features) {
@@ -115,6 +109,9 @@ void nm_linear_interleaved(Value* stack, uint64_t, uint64_t) {
   if (weight_dtype < 0) refuse("expected kept values of a 16 or 32 bit float or int8, found " + dtypes.name(stored));
   check_weight(weight, in_features, out_features, n, m, weight_dtype);
   check_scale(scale, weight_dtype, out_features);
+  if (isa < MASKPRO_PORTABLE || isa > MASKPRO_AVX512) {
+    refuse("expected the number of an instruction set, 0 to 2, found " + std::to_string(isa));
+  }
   int32_t bias_dtype = 0;
   if (bias) {
     if (bias.dim() != 1 || bias.numel() != out_features) {
@@ -140,7 +137,7 @@ void nm_linear_interleaved(Value* stack, uint64_t, uint64_t) {
   const int32_t status = maskpro_nm_linear(
       y.data(), x.data(), weight.data(), scale ? static_cast<const float*>(scale.data()) : nullptr,
       bias ? bias.data() : nullptr, tokens, in_features, out_features, static_cast<int32_t>(n), static_cast<int32_t>(m),
-      act_dtype, weight_dtype, bias_dtype, isa, static_cast<int32_t>(threads));
+      act_dtype, weight_dtype, bias_dtype, static_cast<int32_t>(isa), static_cast<int32_t>(threads));
   if (status != MASKPRO_OK) {
     const char* const names[] = {"", "bad argument", "instruction set not available", "out of memory"};
     throw std::runtime_error("native nm_linear failed: " + std::string(names[status]) + " (x " + x.shape() +
@@ -150,36 +147,30 @@ void nm_linear_interleaved(Value* stack, uint64_t, uint64_t) {
   }
   if (sampled) {
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
-    const maskpro_observer observe = observer.load(std::memory_order_relaxed);
-    if (observe != nullptr) {
-      observe(isa, static_cast<int32_t>(n), static_cast<int32_t>(m), tokens, weight.numel(), seconds.count());
-    }
+    keep({tokens, weight.numel(), seconds.count(), static_cast<int32_t>(isa), static_cast<int32_t>(n),
+          static_cast<int32_t>(m)});
   }
   stack[0] = y.release();
+}
+
+int32_t register_torch_ops(void* libtorch) {
+  if (!torch.load(libtorch)) return MASKPRO_BAD_ARGUMENT;
+  dtypes = {{{torch.aoti_torch_dtype_float32(), "torch.float32"},
+             {torch.aoti_torch_dtype_bfloat16(), "torch.bfloat16"},
+             {torch.aoti_torch_dtype_float16(), "torch.float16"},
+             {torch.aoti_torch_dtype_int8(), "torch.int8"}}};
+  void* library = nullptr;  // for as long as the process: nothing here can be unloaded
+  if (torch.aoti_torch_library_init_impl("maskpro", "CPU", "torch_ops.cpp", __LINE__, &library) != 0 ||
+      torch.torch_library_impl(library, "nm_linear_interleaved", nm_linear_interleaved, torch_shim::kVersion) != 0) {
+    return MASKPRO_BAD_ARGUMENT;
+  }
+  return MASKPRO_OK;
 }
 
 }  // namespace
 }  // namespace maskpro
 
 int32_t maskpro_register_torch_ops(void* libtorch) {
-  using maskpro::torch_shim::torch;
-  if (!torch.load(libtorch)) return MASKPRO_BAD_ARGUMENT;
-  maskpro::dtypes = {{{torch.aoti_torch_dtype_float32(), "torch.float32"},
-                      {torch.aoti_torch_dtype_bfloat16(), "torch.bfloat16"},
-                      {torch.aoti_torch_dtype_float16(), "torch.float16"},
-                      {torch.aoti_torch_dtype_int8(), "torch.int8"}}};
-  void* library = nullptr;  // for as long as the process: nothing here can be unloaded
-  if (torch.aoti_torch_library_init_impl("maskpro", "CPU", __FILE__, __LINE__, &library) != 0 ||
-      torch.torch_library_impl(library, "nm_linear_interleaved", maskpro::nm_linear_interleaved,
-                               maskpro::torch_shim::kVersion) != 0) {
-    return MASKPRO_BAD_ARGUMENT;
-  }
-  return MASKPRO_OK;
-}
-
-void maskpro_observe_calls(maskpro_observer observer, int64_t every) {
-  maskpro::observer.store(nullptr);
-  maskpro::every.store(every);
-  maskpro::left.store(every);
-  maskpro::observer.store(observer);
+  static const int32_t status = maskpro::register_torch_ops(libtorch);
+  return status;
 }

@@ -1,5 +1,5 @@
 // The part of torch's stable C interface that torch_ops.cpp calls, looked up in the torch that is loaded: so no header
-// of torch is needed to build, and one shared library serves every torch from 2.10 on.
+// of torch is needed to build, and one shared library serves every torch from 2.11 on.
 //
 // Declarations follow torch/csrc/inductor/aoti_torch/c/shim.h and torch/csrc/stable/c/shim.h, which promise to keep
 // them; a value on the stack of an operator is a StableIValue, 64 bits (torch/csrc/stable/stableivalue_conversions.h).
@@ -24,7 +24,8 @@ using Status = int32_t;  // 0 is success; torch has written the rest to its log
 constexpr uint64_t kVersion = (uint64_t{2} << 56) | (uint64_t{10} << 48);
 
 struct Functions {
-  Status (*aoti_torch_library_init_impl)(const char* name, const char* key, const char* file, uint32_t line, void** library);
+  Status (*aoti_torch_library_init_impl)(const char* name, const char* key, const char* file, uint32_t line,
+                                         void** library);
   Status (*torch_library_impl)(void* library, const char* name, Kernel kernel, uint64_t version);
   Status (*torch_get_num_threads)(uint32_t* threads);
   Status (*aoti_torch_get_data_ptr)(void* tensor, void** data);
@@ -44,6 +45,7 @@ struct Functions {
   int32_t (*aoti_torch_dtype_float16)();
   int32_t (*aoti_torch_dtype_int8)();
   int32_t (*aoti_torch_dtype_uint8)();
+  Status (*torch_delete_stable_ivalue)(Value* value);  // from 2.13 on, else NULL
 
   // False if the library behind the handle (from dlopen, or among its dependencies) lacks one.
   bool load(void* library) {
@@ -73,8 +75,10 @@ struct Functions {
     MASKPRO_LOOK_UP(aoti_torch_dtype_float16);
     MASKPRO_LOOK_UP(aoti_torch_dtype_int8);
     MASKPRO_LOOK_UP(aoti_torch_dtype_uint8);
+    const bool all = found;
+    MASKPRO_LOOK_UP(torch_delete_stable_ivalue);
 #undef MASKPRO_LOOK_UP
-    return found;
+    return all;
   }
 };
 
@@ -103,7 +107,11 @@ class Tensor {
     if (value == 0) return Tensor();
     auto* const inner = reinterpret_cast<Value*>(value);
     Tensor tensor(*inner);
-    delete inner;
+    if (torch.torch_delete_stable_ivalue != nullptr) {
+      torch.torch_delete_stable_ivalue(inner);
+    } else {
+      delete inner;
+    }
     return tensor;
   }
 
@@ -150,7 +158,7 @@ class Tensor {
     return text + (n == 1 ? ",)" : ")");
   }
 
-  static constexpr int64_t kMaxDim = 16;
+  static constexpr int64_t kMaxDim = 64;  // torch's own limit for most operators
 
  private:
   template <typename T>

@@ -1,4 +1,7 @@
-"""Loads the native library and calls it: the only module that knows the C ABI of csrc/maskpro_kernels.h."""
+"""Loads the native library, which registers its operator, and calls the rest of it.
+
+The only module that knows the C ABI of csrc/maskpro_kernels.h.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +22,20 @@ LIBRARY_NAME = "libmaskpro_kernels.so"
 
 ISA_CODES = {"portable": 0, "avx2": 1, "avx512": 2}
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
-OBSERVER = ctypes.CFUNCTYPE(
-    None, ctypes.c_int32, ctypes.c_int32, ctypes.c_int32, ctypes.c_int64, ctypes.c_int64, ctypes.c_double
-)
 _STATUS = {1: "bad argument", 2: "instruction set not available", 3: "out of memory"}
+
+
+class Sample(ctypes.Structure):
+    """A timed call of the operator; times are in seconds."""
+
+    _fields_ = (
+        ("tokens", ctypes.c_int64),
+        ("weight_bytes", ctypes.c_int64),
+        ("seconds", ctypes.c_double),
+        ("isa", ctypes.c_int32),
+        ("n", ctypes.c_int32),
+        ("m", ctypes.c_int32),
+    )
 
 
 def _candidates() -> Iterator[Path]:
@@ -85,8 +98,10 @@ def library() -> ctypes.CDLL:
     lib.maskpro_interleave.restype = i32
     lib.maskpro_nm_linear.argtypes = [pointer] * 5 + [i64] * 3 + [i32] * 7
     lib.maskpro_nm_linear.restype = i32
-    lib.maskpro_observe_calls.argtypes = [OBSERVER, i64]
-    lib.maskpro_observe_calls.restype = None
+    lib.maskpro_sample_calls.argtypes = [i64]
+    lib.maskpro_sample_calls.restype = None
+    lib.maskpro_take_samples.argtypes = [pointer, i64]
+    lib.maskpro_take_samples.restype = i64
     lib.maskpro_register_torch_ops.argtypes = [pointer]
     lib.maskpro_register_torch_ops.restype = i32
     u32, u64 = ctypes.c_uint32, ctypes.c_uint64
@@ -95,7 +110,7 @@ def library() -> ctypes.CDLL:
     )
     lib.maskpro_policy_step.restype = i32
     if lib.maskpro_register_torch_ops(ctypes.CDLL(torch._C.__file__)._handle):
-        raise NativeLibraryError(f"{path}: expected torch 2.10 or later, found {torch.__version__}")
+        raise NativeLibraryError(f"{path}: expected torch 2.11 or later, found {torch.__version__}")
     return lib
 
 

@@ -18,6 +18,7 @@ from maskpro_kernels import _cpu
 from maskpro_kernels.bits import pack_bits
 from maskpro_kernels.packing import WEIGHT_DTYPES, NMWeight
 from maskpro_kernels.pattern import NMPattern
+from maskpro_kernels.support import select_backend
 
 _ROWS = 16
 DENSE = NMPattern(4, 4)
@@ -34,6 +35,7 @@ class InterleavedWeight:
         shape: (out_features, in_features) of the dense weight.
         pattern: the (N:M) pattern.
         dtype: of the kept values.
+        isa: the instruction set that MASKPRO_KERNEL or the machine chose for it, :attr:`Backend.isa_code`.
     """
 
     data: Tensor
@@ -41,6 +43,7 @@ class InterleavedWeight:
     shape: tuple[int, int]
     pattern: NMPattern
     dtype: torch.dtype
+    isa: int
 
     @property
     def nbytes(self) -> int:
@@ -52,14 +55,15 @@ def interleave(weight: NMWeight) -> InterleavedWeight:
     """Brings a packed weight on the CPU into the kernels' order.
 
     Raises:
-        ValueError: the weight is on another device.
+        ValueError: the weight is on another device, or MASKPRO_KERNEL asks for a backend that reads stored weights.
 
     Cost: reads the weight and writes as much, on all threads; both are in memory until the caller drops the first.
     """
     _on_cpu(weight.values)
+    isa = _isa(weight.pattern, weight.values.dtype)
     data = _interleaved(weight.values, weight.bitmask, weight.shape[1], weight.pattern)
     scale = None if weight.scale is None else weight.scale.contiguous()
-    return InterleavedWeight(data, scale, weight.shape, weight.pattern, weight.values.dtype)
+    return InterleavedWeight(data, scale, weight.shape, weight.pattern, weight.values.dtype, isa)
 
 
 def interleave_dense(weight: Tensor) -> InterleavedWeight:
@@ -72,8 +76,9 @@ def interleave_dense(weight: Tensor) -> InterleavedWeight:
     if weight.dtype not in WEIGHT_DTYPES:
         raise ValueError(f"interleave: expected one of {WEIGHT_DTYPES}, found {weight.dtype}")
     DENSE.kept(weight.shape[1])
+    isa = _isa(DENSE, weight.dtype)
     data = _cpu.interleave(weight.contiguous(), None, weight.shape[1], DENSE.n, DENSE.m, torch.get_num_threads())
-    return InterleavedWeight(data, None, (weight.shape[0], weight.shape[1]), DENSE, weight.dtype)
+    return InterleavedWeight(data, None, (weight.shape[0], weight.shape[1]), DENSE, weight.dtype, isa)
 
 
 def packed_again(weight: InterleavedWeight) -> NMWeight:
@@ -102,6 +107,13 @@ def packed_again(weight: InterleavedWeight) -> NMWeight:
         groups = torch.arange(kept) // pattern.n * pattern.m
         bits.scatter_(1, index + groups, True)
     return NMWeight(values, pack_bits(bits), weight.shape, pattern, weight.scale)
+
+
+def _isa(pattern: NMPattern, dtype: torch.dtype) -> int:
+    backend = select_backend(pattern, torch.float32, dtype, "cpu")  # one that takes float32 takes 16 bits as well
+    if backend.isa is None:
+        raise ValueError(f"interleave: {backend.name} reads weights as they are stored, not interleaved ones")
+    return backend.isa_code
 
 
 def _on_cpu(weight: Tensor) -> None:

@@ -7,15 +7,18 @@ and runs on the instruction set that its caller chose: see :attr:`Backend.isa_co
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from maskpro_kernels import _cpu
 from maskpro_kernels.bits import bitmask_width
+from maskpro_kernels.errors import NativeLibraryError
 from maskpro_kernels.interleaved import InterleavedWeight, remembered
-from maskpro_kernels.packing import NMWeight
+from maskpro_kernels.packing import EIGHT_BITS, NMWeight
 from maskpro_kernels.pattern import NMPattern
 from maskpro_kernels.reference import nm_linear_reference
 from maskpro_kernels.support import select_backend
@@ -53,21 +56,9 @@ def nm_linear(x: Tensor, weight: NMWeight | InterleavedWeight, bias: Tensor | No
     n, m = weight.pattern.n, weight.pattern.m
     if isinstance(weight, NMWeight):
         return torch.ops.maskpro.nm_linear(x, weight.values, weight.bitmask, weight.scale, bias, n, m)
-    isa = _isa_code(n, m, x.dtype, weight.dtype)
     return torch.ops.maskpro.nm_linear_interleaved(
-        x, weight.data, weight.scale, bias, *weight.shape, n, m, weight.dtype, isa
+        x, weight.data, weight.scale, bias, *weight.shape, n, m, weight.dtype, weight.isa
     )
-
-
-def _choose_isa(n: int, m: int, activation: torch.dtype, weight: torch.dtype) -> int:
-    backend = select_backend(_pattern(n, m), activation, weight, "cpu")
-    if backend.isa is None:
-        raise ValueError(f"nm_linear: {backend.name} reads weights as they are stored, not interleaved ones")
-    return backend.isa_code
-
-
-# Chosen when a model is compiled, as elsewhere when it is loaded.
-_isa_code: Callable[[int, int, torch.dtype, torch.dtype], int] = torch.compiler.assume_constant_result(_choose_isa)
 
 
 _pattern = functools.cache(NMPattern)
@@ -111,8 +102,8 @@ def _check_bias(x: Tensor, bias: Tensor | None, out_features: int) -> None:
 
 def _check_scale(x: Tensor, scale: Tensor | None, dtype: torch.dtype, out_features: int) -> None:
     if scale is None:
-        if dtype == torch.int8:
-            raise ValueError("nm_linear: expected a scale with int8 weights, found none")
+        if dtype in EIGHT_BITS:
+            raise ValueError(f"nm_linear: expected a scale with {dtype} weights, found none")
         return
     fits = scale.dtype == torch.float32 and tuple(scale.shape) == (out_features,) and scale.is_contiguous()
     if not fits or scale.device != x.device:
@@ -165,3 +156,6 @@ _library.impl("nm_linear", _forward, "CPU")
 _library.impl("nm_linear", _forward, "CUDA")
 torch.library.register_fake("maskpro::nm_linear", _fake, lib=_library)
 torch.library.register_fake("maskpro::nm_linear_interleaved", _fake_interleaved, lib=_library)
+# Where there is no library, select_backend says so when a CPU kernel is asked for.
+with contextlib.suppress(NativeLibraryError):
+    _cpu.library()

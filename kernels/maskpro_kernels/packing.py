@@ -12,7 +12,10 @@ from maskpro_kernels.bits import bitmask_width, count_bits, pack_bits, unpack_bi
 from maskpro_kernels.pattern import NMPattern
 
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-"""What a dense weight may be, and its kept values; those may be int8 as well (:mod:`maskpro_kernels.int8`)."""
+"""What a dense weight may be, and its kept values; those may be of 8 bits as well."""
+
+EIGHT_BITS = (torch.int8, torch.float8_e4m3fn)
+"""Kept values in units of a scale: our own (:mod:`maskpro_kernels.int8`), and those of W8A8 checkpoints."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,8 +27,8 @@ class NMWeight:
         bitmask: uint8 (out_features, ceil(in_features / 8)); bit k of byte j is column 8j + k.
         shape: (out_features, in_features) of the dense weight.
         pattern: the (N:M) pattern every group obeys.
-        scale: float32 (out_features,), what a row's values are multiples of. int8 values have one; others may, as those
-            that were fp8 numbers do, and None stands for ones.
+        scale: float32 (out_features,), what a row's values are multiples of. Values of 8 bits have one; others may, as
+            those that were fp8 numbers do, and None stands for ones.
 
     Raises:
         ValueError: the parts disagree with each other. The *content* of the bitmask is checked by
@@ -40,10 +43,10 @@ class NMWeight:
 
     def __post_init__(self) -> None:
         out_features, in_features = self.shape
-        if self.values.dtype not in (*WEIGHT_DTYPES, torch.int8):
-            raise ValueError(f"values: expected one of {(*WEIGHT_DTYPES, torch.int8)}, found {self.values.dtype}")
-        if self.values.dtype == torch.int8 and self.scale is None:
-            raise ValueError("scale: expected one with values of torch.int8, found none")
+        if self.values.dtype not in (*WEIGHT_DTYPES, *EIGHT_BITS):
+            raise ValueError(f"values: expected one of {(*WEIGHT_DTYPES, *EIGHT_BITS)}, found {self.values.dtype}")
+        if self.values.dtype in EIGHT_BITS and self.scale is None:
+            raise ValueError(f"scale: expected one with values of {self.values.dtype}, found none")
         if self.scale is not None and (self.scale.dtype != torch.float32 or tuple(self.scale.shape) != (out_features,)):
             raise ValueError(
                 f"scale: expected torch.float32 {(out_features,)}, found {self.scale.dtype} {tuple(self.scale.shape)}"
@@ -64,7 +67,7 @@ class NMWeight:
 
     @property
     def dense_nbytes(self) -> int:
-        """Bytes the dense weight would take in the same dtype; in 16 bits for values of int8."""
+        """Bytes the dense weight would take in the same dtype; in 16 bits for values of 8."""
         return self.shape[0] * self.shape[1] * max(2, self.values.element_size())
 
 

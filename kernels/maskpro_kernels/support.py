@@ -12,7 +12,7 @@ import torch
 
 from maskpro_kernels import _cpu
 from maskpro_kernels.errors import NativeLibraryError, UnsupportedKernelError
-from maskpro_kernels.packing import WEIGHT_DTYPES
+from maskpro_kernels.packing import EIGHT_BITS, WEIGHT_DTYPES
 from maskpro_kernels.pattern import NMPattern
 
 ENVIRONMENT_VARIABLE = "MASKPRO_KERNEL"
@@ -32,7 +32,8 @@ class Backend:
         same_dtype: activations and kept values must be of one dtype.
         capability: the least compute capability of a GPU.
         multiples: what out_features and in_features must be multiples of.
-        prepared: it needs metadata that :func:`maskpro_kernels.cuda.prepare` makes.
+        prepared: what it needs that :func:`maskpro_kernels.cuda.prepare` makes: the name of a part of
+            :class:`maskpro_kernels.cuda.dispatch.Metadata`, or None.
         missing: says why this process cannot run it, or None if it can.
     """
 
@@ -45,7 +46,7 @@ class Backend:
     same_dtype: bool = False
     capability: tuple[int, int] = (0, 0)
     multiples: tuple[int, int] = (1, 1)
-    prepared: bool = False
+    prepared: str | None = None
     missing: Callable[[], str | None] | None = None
 
     def uncovered(self, pattern: NMPattern, activation: torch.dtype, weight: torch.dtype, device: str) -> str | None:
@@ -62,6 +63,17 @@ class Backend:
 
     def covers_shape(self, out_features: int, in_features: int) -> bool:
         return out_features % self.multiples[0] == 0 and in_features % self.multiples[1] == 0
+
+    def refusal(
+        self, pattern: NMPattern, activation: torch.dtype, weight: torch.dtype, device: str,
+        capability: tuple[int, int] | None,
+    ) -> str | None:  # fmt: skip
+        """Why it cannot run these types on this machine, or on a GPU of this capability; None if it can."""
+        reason = self.uncovered(pattern, activation, weight, device) or self.unavailable
+        if reason is None and capability is not None and capability < self.capability:
+            needed, found = (".".join(map(str, version)) for version in (self.capability, capability))
+            return f"needs compute capability {needed}, found {found}"
+        return reason
 
     @property
     def isa_code(self) -> int:
@@ -95,9 +107,21 @@ def _no_cusparselt() -> str | None:
     return None if torch.backends.cusparselt.is_available() else "this torch is built without cuSPARSELt"
 
 
+def _no_cusparselt_int8() -> str | None:
+    return _no_cusparselt() or _no_triton()  # which rounds activations
+
+
+def _no_cusparselt_fp8() -> str | None:
+    if reason := _no_cusparselt_int8():
+        return reason
+    version = torch.backends.cusparselt.version()
+    return None if version is None or version >= 602 else f"needs cuSPARSELt 0.6.2 for fp8, found {version}"
+
+
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _HALVES = (torch.bfloat16, torch.float16)
 _KEPT = (*WEIGHT_DTYPES, torch.int8)
+_KEPT_ON_GPU = (*WEIGHT_DTYPES, *EIGHT_BITS)
 _TWO_OF_FOUR = (NMPattern(2, 4),)
 
 # In order of preference; on a GPU they compete instead (cuda/tuning.py), and the first is what needs no measurement.
@@ -105,17 +129,26 @@ BACKENDS = (
     Backend("cpu-avx512", ("cpu",), _FLOATS, _KEPT, isa="avx512"),
     Backend("cpu-avx2", ("cpu",), _FLOATS, _KEPT, isa="avx2"),
     Backend("cpu-portable", ("cpu",), _FLOATS, _KEPT, isa="portable"),
-    Backend("triton", ("cuda",), _FLOATS, _KEPT, capability=(8, 0), missing=_no_triton),
-    Backend("expand", ("cuda",), _FLOATS, _KEPT, capability=(8, 0), missing=_no_triton),
+    Backend("triton", ("cuda",), _FLOATS, _KEPT_ON_GPU, capability=(8, 0), missing=_no_triton),
+    Backend("expand", ("cuda",), _FLOATS, _KEPT_ON_GPU, capability=(8, 0), missing=_no_triton),
     Backend(
         "cutlass", ("cuda",), _HALVES, _HALVES, patterns=_TWO_OF_FOUR, same_dtype=True, capability=(8, 0),
-        multiples=(32, 64), prepared=True,
+        multiples=(32, 64), prepared="cutlass",
     ),
     Backend(
         "cusparselt", ("cuda",), _HALVES, _HALVES, patterns=_TWO_OF_FOUR, same_dtype=True, capability=(8, 0),
-        multiples=(16, 16), prepared=True, missing=_no_cusparselt,
+        multiples=(16, 16), prepared="cusparselt", missing=_no_cusparselt,
     ),
-    Backend("reference", ("cpu", "cuda"), (*_FLOATS, torch.float64), (*_KEPT, torch.float64)),
+    # Activations of 8 bits as well. The multiples are torch's (torch.sparse.SparseSemiStructuredTensorCUSPARSELT).
+    Backend(
+        "cusparselt-int8", ("cuda",), _HALVES, (torch.int8,), patterns=_TWO_OF_FOUR, capability=(8, 0),
+        multiples=(32, 32), prepared="eight_bit", missing=_no_cusparselt_int8,
+    ),
+    Backend(
+        "cusparselt-fp8", ("cuda",), _HALVES, (torch.float8_e4m3fn,), patterns=_TWO_OF_FOUR, capability=(8, 9),
+        multiples=(32, 32), prepared="eight_bit", missing=_no_cusparselt_fp8,
+    ),
+    Backend("reference", ("cpu", "cuda"), (*_FLOATS, torch.float64), (*_KEPT_ON_GPU, torch.float64)),
 )  # fmt: skip
 """What runs where. The reference is chosen by name only: `auto` never falls back to it in silence."""
 
@@ -144,7 +177,12 @@ def candidates(
         UnsupportedKernelError: none covers them; the message says why for each that was asked for.
         ValueError: MASKPRO_KERNEL names no backend.
     """
-    return _candidates(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), pattern, activation, weight, device, capability)
+    return _candidates(requested(), pattern, activation, weight, device, capability)
+
+
+def requested() -> str:
+    """What MASKPRO_KERNEL asks for."""
+    return os.environ.get(ENVIRONMENT_VARIABLE, "auto")
 
 
 @functools.cache
@@ -163,10 +201,7 @@ def _candidates(
         asked = [b for b in BACKENDS if b.name == request]
     found, reasons = [], []
     for backend in asked:
-        reason = backend.uncovered(pattern, activation, weight, device) or backend.unavailable
-        if reason is None and capability is not None and capability < backend.capability:
-            needed, found_here = (".".join(map(str, version)) for version in (backend.capability, capability))
-            reason = f"needs compute capability {needed}, found {found_here}"
+        reason = backend.refusal(pattern, activation, weight, device, capability)
         if reason is None:
             found.append(backend)
         reasons.append(f"{backend.name}: {reason}")

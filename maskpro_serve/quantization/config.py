@@ -11,6 +11,7 @@ import torch
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.platforms import current_platform
 
 import maskpro_kernels.ops  # noqa: F401  (registers torch.ops.maskpro in every vLLM process)
 from maskpro_serve.checkpoint import CheckpointError, PackedFormat
@@ -83,7 +84,12 @@ class MaskProConfig(QuantizationConfig):
         if not claims(config):
             return cls(PackedFormat.from_dict(config, where="quantization_config"))
         legacy = LegacyFormat.from_dict(config, where="quantization_config")
-        if legacy.groups:
+        if current_platform.is_cuda() and any(scheme.inputs for _, scheme in legacy.groups):
+            logger.info(
+                "maskpro: activations are rounded to 8 bits where that is measured to be faster; MASKPRO_KERNEL=triton "
+                "leaves them as they are"
+            )
+        elif legacy.groups:
             logger.info("maskpro: activations are not quantized: 8-bit weights are multiplied by them as they are")
         return cls(legacy)
 

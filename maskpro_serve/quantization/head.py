@@ -33,11 +33,8 @@ class HeadMethod(UnquantizedEmbeddingMethod):
         stored = config.hf_config.dtype
         if (
             weight.device.type != "cpu" or config.dtype != torch.float32 or stored not in _HALVES
-            or not DENSE.divides(weight.shape[1])
+            or not DENSE.divides(weight.shape[1]) or select_backend(DENSE, config.dtype, stored, "cpu").isa is None
         ):  # fmt: skip
-            return
-        backend = select_backend(DENSE, config.dtype, stored, "cpu")
-        if backend.isa is None:
             return
         narrow = weight.to(stored)
         if not torch.equal(narrow.to(weight.dtype), weight):
@@ -45,7 +42,7 @@ class HeadMethod(UnquantizedEmbeddingMethod):
         order = interleave_dense(narrow)
         layer.maskpro_head = Parameter(order.data, requires_grad=False)
         layer.maskpro_head_dtype = order.dtype
-        layer.maskpro_head_isa = backend.isa_code
+        layer.maskpro_head_isa = order.isa
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         if not hasattr(layer, "maskpro_head") or x.numel() > _MOST_TOKENS * x.shape[-1]:

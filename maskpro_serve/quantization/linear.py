@@ -15,12 +15,13 @@ from vllm.model_executor.layers.linear import (
 )
 
 from maskpro_kernels import NMWeight
+from maskpro_kernels.activations import EightBitInputs
 from maskpro_kernels.cuda import prepare, remember
 from maskpro_kernels.interleaved import interleave
 from maskpro_kernels.packing import WEIGHT_DTYPES
 from maskpro_kernels.support import select_backend
 from maskpro_serve.checkpoint import CheckpointError
-from maskpro_serve.quantization.loaded import loaded_dense, loaded_packed
+from maskpro_serve.quantization.loaded import loaded_dense, loaded_inputs, loaded_packed
 from maskpro_serve.quantization.params import register_parameters
 from maskpro_serve.scheme import LinearScheme
 
@@ -80,6 +81,7 @@ class NMLinearMethod(LinearMethodBase):
         if hasattr(layer, "maskpro_pattern"):  # vLLM may call this twice
             return
         dummy = get_current_vllm_config().load_config.load_format == "dummy"
+        inputs = loaded_inputs(layer, self.scheme, self.prefix, dummy=dummy)
         if self.scheme.compressed:
             weight: NMWeight | None = loaded_packed(layer, self.config.pattern, self.prefix, dummy=dummy)
         else:
@@ -87,7 +89,7 @@ class NMLinearMethod(LinearMethodBase):
         if weight is None:
             self._stay_dense(layer)
         else:
-            self._keep(layer, weight)
+            self._keep(layer, weight, inputs)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         pattern = layer.maskpro_pattern
@@ -101,8 +103,8 @@ class NMLinearMethod(LinearMethodBase):
             )  # fmt: skip
         return torch.ops.maskpro.nm_linear(x, layer.weight_packed, layer.bitmask, scale, bias, pattern.n, pattern.m)
 
-    def _keep(self, layer: Any, weight: NMWeight) -> None:
-        """Puts a layer's weight in the order that its backend reads."""
+    def _keep(self, layer: Any, weight: NMWeight, inputs: EightBitInputs | None) -> None:
+        """Puts a layer's weight in the order that its backend reads; only a GPU's may round activations."""
         activation_dtype = get_current_vllm_config().model_config.dtype
         backend = select_backend(weight.pattern, activation_dtype, weight.values.dtype, weight.values.device.type)
         layer.maskpro_pattern, layer.maskpro_shape, layer.maskpro_dtype = (
@@ -113,7 +115,7 @@ class NMLinearMethod(LinearMethodBase):
         # vLLM's LoRA layers look for a weight of this name, to place theirs beside it.
         if weight.values.is_cuda and backend.name != "reference":
             most_tokens = get_current_vllm_config().scheduler_config.max_num_batched_tokens
-            prepared = prepare(weight, activation_dtype, most_tokens)
+            prepared = prepare(weight, activation_dtype, most_tokens, inputs)
             nbytes, names = prepared.nbytes, "+".join(prepared.backends)
             layer.weight_packed = Parameter(prepared.weight.values, requires_grad=False)
             layer.bitmask = Parameter(prepared.weight.bitmask, requires_grad=False)
@@ -125,7 +127,7 @@ class NMLinearMethod(LinearMethodBase):
             order = interleave(weight)
             nbytes = order.nbytes
             layer.weight_packed = Parameter(order.data, requires_grad=False)
-            layer.maskpro_isa = backend.isa_code
+            layer.maskpro_isa = order.isa
         if weight.scale is not None:
             layer.weight_scale = Parameter(weight.scale.contiguous(), requires_grad=False)
         if weight.pattern == self.config.pattern:

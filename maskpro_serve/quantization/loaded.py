@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from maskpro_kernels import NMPattern, NMWeight
+from maskpro_kernels.activations import EightBitInputs
 from maskpro_kernels.bits import pack_bits
 from maskpro_kernels.interleaved import DENSE
 from maskpro_kernels.mask_sources import fill_up
 from maskpro_kernels.packing import check_bitmask, group_counts
 from maskpro_serve.checkpoint import CheckpointError
+from maskpro_serve.scheme import LinearScheme
 
 _CHECKED = ("weight", "compressed", "bitmask", "weight_scale", "input_scale", "input_zero_point")
 
@@ -21,13 +23,15 @@ def loaded_packed(layer: Any, pattern: NMPattern, prefix: str, *, dummy: bool) -
     """The weight of a layer that is stored packed, checked.
 
     Raises:
-        CheckpointError: a part is missing in the checkpoint, the bitmask is not strict, or a scale is not finite.
+        CheckpointError: a part is missing in the checkpoint, the bitmask is not strict, a scale is not finite, or an
+            fp8 value is NaN.
     """
     _check_loaded(layer, prefix, dummy=dummy)
     scale = _scale(layer, prefix)
     values, bitmask = layer.compressed.data, layer.bitmask.data
     _drop(layer)
-    weight = NMWeight(_computable(values), bitmask, (values.shape[0], layer.maskpro_in_features), pattern, scale)
+    values = _computable(values, f"{prefix}.compressed")
+    weight = NMWeight(values, bitmask, (values.shape[0], layer.maskpro_in_features), pattern, scale)
     try:
         check_bitmask(weight)
     except ValueError as error:
@@ -42,11 +46,12 @@ def loaded_dense(layer: Any, pattern: NMPattern, prefix: str, *, dummy: bool) ->
     others stay in ``layer.weight``, and None is returned.
 
     Raises:
-        CheckpointError: a part is missing in the checkpoint, or a scale is not finite.
+        CheckpointError: a part is missing in the checkpoint, a scale is not finite, or an fp8 value is NaN.
     """
     _check_loaded(layer, prefix, dummy=dummy)
     scale = _scale(layer, prefix)
-    dense = _computable(layer.weight.data)
+    stored = layer.weight.data
+    dense = stored.to(torch.bfloat16) if stored.dtype == torch.float8_e4m3fn else stored
     if dummy:
         dense.mul_(torch.arange(dense.shape[1], device=dense.device).remainder(pattern.m) < pattern.n)
     mask = zeros_mask(dense, pattern)
@@ -55,8 +60,30 @@ def loaded_dense(layer: Any, pattern: NMPattern, prefix: str, *, dummy: bool) ->
     if mask is None:
         pattern, mask = DENSE, torch.ones_like(dense, dtype=torch.bool)
     _drop(layer)
-    values = dense[mask].reshape(dense.shape[0], pattern.kept(dense.shape[1]))
-    return NMWeight(values, pack_bits(mask), (dense.shape[0], dense.shape[1]), pattern, scale)
+    values = dense[mask].reshape(dense.shape[0], pattern.kept(dense.shape[1])).to(stored.dtype)
+    return NMWeight(
+        _computable(values, f"{prefix}.weight"), pack_bits(mask), (dense.shape[0], dense.shape[1]), pattern, scale
+    )
+
+
+def loaded_inputs(layer: Any, scheme: LinearScheme, prefix: str, *, dummy: bool) -> EightBitInputs | None:
+    """How a layer's activations may be rounded to 8 bits, before its weight is taken; None if they may not.
+
+    Matrices that vLLM fuses have the same activations: of their scales the largest holds, which clips none.
+
+    Raises:
+        CheckpointError: a static scale is missing in the checkpoint, or is not a positive number.
+    """
+    if scheme.inputs is None:
+        return None
+    parameter = getattr(layer, "input_scale", None)
+    if parameter is None or dummy:
+        return EightBitInputs(scheme.inputs)
+    _check_loaded(layer, prefix, dummy=dummy)
+    scale: Tensor = parameter.data.float()
+    if not (torch.isfinite(scale) & (scale > 0)).all():
+        raise CheckpointError(f"{prefix}.input_scale: expected positive numbers, found {scale.tolist()}")
+    return EightBitInputs(scheme.inputs, scale.max().reshape(1))
 
 
 def zeros_mask(dense: Tensor, pattern: NMPattern) -> Tensor | None:
@@ -96,9 +123,13 @@ def _scale(layer: Any, prefix: str) -> Tensor | None:
     return scale
 
 
-def _computable(values: Tensor) -> Tensor:
-    """fp8 numbers as bfloat16, which holds each of them exactly; others as they are."""
-    return values.to(torch.bfloat16) if values.dtype == torch.float8_e4m3fn else values
+def _computable(values: Tensor, name: str) -> Tensor:
+    """fp8 numbers on a CPU as bfloat16, which holds each of them exactly; others as they are."""
+    if values.dtype != torch.float8_e4m3fn:
+        return values
+    if (values.view(torch.uint8) & 0x7F == 0x7F).any():  # the GPU's kernels would take it for 480
+        raise CheckpointError(f"{name}: expected numbers, found NaN")
+    return values if values.is_cuda else values.to(torch.bfloat16)
 
 
 def _drop(layer: Any) -> None:

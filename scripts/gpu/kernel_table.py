@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from maskpro_kernels import NMPattern, NMWeight, nm_linear, pack, unpack
-from maskpro_kernels.cuda import prepare
+from maskpro_kernels.cuda import Prepared, device_of, prepare
+from maskpro_kernels.cuda.dispatch import Operands, dispatcher
 
 SHAPES = {
     "8B down": (4096, 14336), "8B gate_up": (28672, 4096), "8B qkv": (6144, 4096), "8B o": (4096, 4096),
@@ -24,7 +25,7 @@ SHAPES = {
 
 TOKENS = (1, 16, 64, 256, 1024, 4096)
 FEW_TOKENS = 64
-_LEAST_BYTES = 400 << 20
+LEAST_BYTES = 400 << 20
 """Of the copies of one weight: several times a last-level cache."""
 _ROUNDS = 11
 
@@ -64,20 +65,16 @@ def compare(shape: tuple[int, int], pattern: NMPattern, tokens: int, bandwidth: 
     dense = unpack(prepared.weight)
     x = torch.randn((tokens, shape[1]), device="cuda").bfloat16()
     check(x, prepared.weight, dense)
-    backend = prepared.backends[-1]  # of the largest bucket, which is that of these tokens
+    backend = backend_of(prepared, x)
     packed_bytes = prepared.weight.nbytes
     ours = [prepared.weight]
-    while len(ours) * packed_bytes < _LEAST_BYTES:
+    while len(ours) * packed_bytes < LEAST_BYTES:
         ours.append(prepare(copy(prepared.weight), torch.bfloat16, tokens).weight)
-    theirs = [dense] + [dense.clone() for _ in range(_LEAST_BYTES // dense.nbytes)]
-    graphs = {
-        "ours": captured([lambda w=w: nm_linear(x, w) for w in ours]),
-        "cuBLAS": captured([lambda w=w: F.linear(x, w) for w in theirs]),
-    }
-    times: dict[str, list[float]] = {name: [] for name in graphs}
-    for _ in range(_ROUNDS):
-        for name, graph in graphs.items():
-            times[name].append(seconds(graph) / len(ours if name == "ours" else theirs))
+    theirs = [dense] + [dense.clone() for _ in range(LEAST_BYTES // dense.nbytes)]
+    times = timed({
+        "ours": (captured([lambda w=w: nm_linear(x, w) for w in ours]), len(ours)),
+        "cuBLAS": (captured([lambda w=w: F.linear(x, w) for w in theirs]), len(theirs)),
+    })  # fmt: skip
     mine, cublas = (statistics.median(times[name]) for name in ("ours", "cuBLAS"))
     limit = dense.nbytes / packed_bytes if tokens <= FEW_TOKENS else 2.0 if pattern == NMPattern(2, 4) else 1.0
     low, _, high = statistics.quantiles(times["ours"], n=4)
@@ -86,6 +83,13 @@ def compare(shape: tuple[int, int], pattern: NMPattern, tokens: int, bandwidth: 
         "cuBLAS us": cublas * 1e6, "ratio": cublas / mine, "limit": limit, "share of limit": cublas / mine / limit,
         "GB/s": packed_bytes / mine / 1e9, "of copy": packed_bytes / mine / 1e9 / bandwidth,
     }  # fmt: skip
+
+
+def backend_of(prepared: Prepared, x: Tensor) -> str:
+    """Which runs a product of these activations."""
+    weight = prepared.weight
+    product = Operands(x, weight.values, weight.bitmask, weight.scale, None, weight.pattern, prepared.metadata)
+    return dispatcher(device_of(x)).plan(product).backend
 
 
 def copy(weight: NMWeight) -> NMWeight:
@@ -115,6 +119,15 @@ def captured(calls: list[Callable[[], Tensor]]) -> torch.cuda.CUDAGraph:
         for call in calls:
             call()
     return graph
+
+
+def timed(graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]]) -> dict[str, list[float]]:
+    """Seconds of one of a graph's calls, by name, A B A B: each graph with its number of calls."""
+    times: dict[str, list[float]] = {name: [] for name in graphs}
+    for _ in range(_ROUNDS):
+        for name, (graph, calls) in graphs.items():
+            times[name].append(seconds(graph) / calls)
+    return times
 
 
 def seconds(graph: torch.cuda.CUDAGraph) -> float:

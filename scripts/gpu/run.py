@@ -27,10 +27,11 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[2]
 RESULTS = REPOSITORY / "docs" / "results"
 PATHS = [str(REPOSITORY), str(REPOSITORY / "kernels"), str(REPOSITORY / "learner")]
-SECTIONS = ("tests", "kernels", "learner", "serve")
+SECTIONS = ("tests", "kernels", "w8a8", "learner", "serve")
 TESTS = (
-    "tests/kernels/test_nm_linear_triton.py", "tests/kernels/test_cuda_dispatch.py",
-    "tests/kernels/test_policy_step_triton.py", "tests/learner/test_trainer.py", "tests/learner/test_distributed.py",
+    "tests/kernels/test_nm_linear_triton.py", "tests/kernels/test_cuda_dispatch.py", "tests/kernels/test_w8a8.py",
+    "tests/kernels/test_round_inputs_triton.py", "tests/kernels/test_policy_step_triton.py",
+    "tests/learner/test_trainer.py", "tests/learner/test_distributed.py",
 )  # fmt: skip
 
 
@@ -75,7 +76,8 @@ def _test_file(file: str, seconds: float) -> str:
     """pytest's last line."""
     plain = [] if importlib.util.find_spec("pytest_timeout") else ["-c", os.devnull, f"--rootdir={REPOSITORY}"]
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--import-mode=importlib", *plain, file]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([*PATHS, os.environ.get("PYTHONPATH", "")])}
+    paths = [*PATHS, str(REPOSITORY / Path(file).parent)]  # helpers of the tests
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])}
     try:
         done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired as error:
@@ -99,12 +101,14 @@ def main() -> None:
     from kernel_table import kernel_rows
     from learning_step import learner_rows
     from rows import OutOfTimeError, Rows, table, this_machine
+    from w8a8_table import w8a8_rows
 
     machine, deadline = this_machine(), time.monotonic() + arguments.seconds
     print(machine, flush=True)
     sections: dict[str, Callable[[Rows], None]] = {
         "tests": lambda rows: test_rows(rows, arguments.seconds / 8),
         "kernels": lambda rows: kernel_rows(rows, arguments.everything),
+        "w8a8": lambda rows: w8a8_rows(rows, arguments.everything),
         "learner": learner_rows,
         "serve": lambda rows: serve_rows(rows, arguments.everything),
     }

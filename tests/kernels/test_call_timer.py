@@ -6,39 +6,53 @@ import pytest
 import torch
 
 from maskpro_kernels import NMPattern, nm_linear, pack
-from maskpro_kernels.call_timer import observe_calls
+from maskpro_kernels.call_timer import MOST_WAITING, take_timed, time_calls
 from maskpro_kernels.interleaved import interleave
 
 PATTERN = NMPattern.parse("2:4")
 
 
-@pytest.fixture
-def seen():
-    calls: list[tuple[str, NMPattern, int, int, float]] = []
-    yield calls
-    observe_calls(None, 1)
+@pytest.fixture(autouse=True)
+def nothing_left():
+    take_timed()
+    yield
+    time_calls(0)
+    take_timed()
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_one_call_in_three(seen, compiled):
+def test_one_call_in_three(compiled):
     weight = interleave(pack(torch.randn(32, 64), PATTERN))
     x = torch.randn(5, 64)
     # A full graph: the timer is beneath the operator and breaks nothing.
     step = torch.compile(nm_linear, fullgraph=True, backend="aot_eager") if compiled else nm_linear
     expected = step(x, weight)
-    observe_calls(lambda *call: seen.append(call), 3)
+    assert take_timed() == []
+    time_calls(3)
     for _ in range(7):
         assert torch.equal(step(x, weight), expected)
-    assert len(seen) == 2
-    for backend, pattern, tokens, weight_bytes, seconds in seen:
-        assert backend.startswith("cpu-")
-        assert (pattern, tokens, weight_bytes) == (PATTERN, 5, weight.data.nbytes)
-        assert 0 < seconds < 10
-    observe_calls(None, 1)
+    calls = take_timed()
+    assert len(calls) == 2
+    for call in calls:
+        assert call.backend.startswith("cpu-")
+        assert (call.pattern, call.tokens, call.weight_bytes) == (PATTERN, 5, weight.data.nbytes)
+        assert 0 < call.seconds < 10
+    time_calls(0)
     step(x, weight)
-    assert len(seen) == 2
+    assert take_timed() == []
 
 
-def test_a_period_is_at_least_one():
-    with pytest.raises(ValueError, match="every >= 1, found 0"):
-        observe_calls(print, 0)
+def test_calls_that_nobody_takes_are_dropped():
+    weight, x = interleave(pack(torch.randn(16, 8), PATTERN)), torch.randn(1, 8)
+    time_calls(1)
+    for _ in range(MOST_WAITING + 5):
+        nm_linear(x, weight)
+    assert len(take_timed()) == MOST_WAITING
+    nm_linear(x, weight)
+    assert len(take_timed()) == 1
+
+
+def test_a_period_is_not_negative():
+    with pytest.raises(ValueError, match="every >= 0, found -1"):
+        time_calls(-1)
+    time_calls(1 << 70)  # as good as never

@@ -4,72 +4,25 @@ from __future__ import annotations
 
 import json
 import logging
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from fake_gpu import BF16, EIGHT_BIT, HOPPER, INT8, TIMES, TURING, TWO_OF_FOUR, FakeGPU, operands, w8a8
 from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_from_dense_cutlass,
     sparse_semi_structured_to_dense_cutlass,
 )
 
-from maskpro_kernels import NMPattern, UnsupportedKernelError, pack, to_int8, unpack
-from maskpro_kernels.cuda import Device, dispatch, semi_structured
-from maskpro_kernels.cuda.dispatch import Dispatcher, Metadata, Operands
+from maskpro_kernels import NMPattern, UnsupportedKernelError, pack, unpack
+from maskpro_kernels.activations import LARGEST
+from maskpro_kernels.cuda import dispatch, semi_structured
+from maskpro_kernels.cuda.dispatch import Dispatcher, Operands
 from maskpro_kernels.cuda.plans import Plan, PlanTable, Problem, bucket, buckets
-from maskpro_kernels.reference import nm_linear_reference
 from maskpro_kernels.support import candidates
 from maskpro_kernels.triton.tile import Tile
 
-HOPPER = Device("NVIDIA H100 80GB HBM3", (9, 0), 132)
-TURING = Device("NVIDIA T4", (7, 5), 40)
-TWO_OF_FOUR = NMPattern(2, 4)
-BF16 = torch.bfloat16
-
-
-@pytest.fixture(autouse=True)
-def _every_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a machine that has Triton and cuSPARSELt; and no kernel asked for."""
-    monkeypatch.delenv("MASKPRO_KERNEL", raising=False)
-    monkeypatch.setattr("maskpro_kernels.support.find_spec", lambda name: name)
-    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
-    candidates.__globals__["_candidates"].cache_clear()
-
-
-def operands(tokens: int, pattern: NMPattern = TWO_OF_FOUR, dtype: torch.dtype = BF16, rows: int = 64) -> Operands:
-    """A product of a weight whose metadata is there, if it has any."""
-    weight = pack(torch.randn(rows, 128).bfloat16(), pattern)
-    weight = to_int8(weight) if dtype == torch.int8 else weight
-    there = Metadata(torch.zeros(1), torch.zeros(1)) if pattern == TWO_OF_FOUR else Metadata()
-    x = torch.empty((tokens, 128), dtype=BF16)
-    return Operands(x, weight.values, weight.bitmask, weight.scale, None, pattern, there)
-
-
-class FakeGPU:
-    """Runs every plan on the reference, and has its times from a table."""
-
-    def __init__(self, monkeypatch, times: dict[str, float], faults: dict[str, object] | None = None) -> None:
-        self.times, self.faults = times, faults or {}
-        self.ran: Counter[str] = Counter()
-        self.last = ""
-        monkeypatch.setattr(dispatch, "run", self.run)
-
-    def run(self, plan: Plan, o: Operands) -> torch.Tensor:
-        self.last = plan.backend
-        self.ran[plan.backend] += 1
-        fault = self.faults.get(plan.backend)
-        if isinstance(fault, Exception):
-            raise fault
-        y = nm_linear_reference(o.x, o.values, o.bitmask, o.scale, o.bias)
-        return y.roll(1, 1) if fault == "wrong" else y
-
-    def measure(self, run) -> float:
-        run()
-        return self.times[self.last]
-
-
-TIMES = {"triton": 10.0, "expand": 30.0, "cutlass": 20.0, "cusparselt": 8.0}
+pytestmark = pytest.mark.usefixtures("every_library")
 
 
 def test_the_fastest_is_chosen_and_measured_once(monkeypatch, tmp_path):
@@ -166,6 +119,46 @@ def test_nothing_is_measured_during_a_capture(monkeypatch, tmp_path, caplog):
     assert choices.plan(operands(3)).backend == "cusparselt"
     monkeypatch.setattr(dispatch, "_capturing", lambda: True)
     assert choices.plan(operands(4)).backend == "cusparselt"
+
+
+@pytest.mark.parametrize("dtype", EIGHT_BIT, ids=str)
+def test_8_bits_have_thresholds_of_their_own(dtype, monkeypatch, tmp_path):
+    gpu = FakeGPU(monkeypatch, dict(TIMES))
+    choices = Dispatcher(HOPPER, PlanTable(HOPPER, tmp_path), gpu.measure)
+    found = {}
+    for tokens, triton in ((16, 3.0), (64, 3.5), (256, 9.0)):
+        gpu.times["triton"] = triton
+        found[tokens] = choices.plan(w8a8(tokens, dtype)).backend
+    assert found == {16: "triton", 64: "triton", 256: EIGHT_BIT[dtype]}
+    assert set(gpu.ran) == {"triton", "expand", EIGHT_BIT[dtype]}
+    assert choices.plan(operands(256, dtype=dtype)).backend == "triton"  # the checkpoint did not allow it
+    assert json.loads(choices.table.path.read_text())["plans"].keys() == {
+        f"2:4 bfloat16 {str(dtype).removeprefix('torch.')} 64x128 {tokens}" for tokens in (16, 64, 256)
+    }
+
+
+@pytest.mark.parametrize("dtype", EIGHT_BIT, ids=str)
+def test_8_bit_results_are_compared_with_rounded_activations(dtype, monkeypatch, tmp_path):
+    gpu = FakeGPU(monkeypatch, TIMES)
+    choices = Dispatcher(HOPPER, PlanTable(HOPPER, tmp_path), gpu.measure)
+    assert choices.plan(w8a8(100, dtype, scale=1e-6)).backend == EIGHT_BIT[dtype]
+    assert gpu.inputs.scale.item() * LARGEST[dtype] == pytest.approx(5)  # not the stored one, which would clip them all
+    wrong = FakeGPU(monkeypatch, TIMES, {EIGHT_BIT[dtype]: "wrong"})
+    other = Dispatcher(HOPPER, PlanTable(HOPPER, tmp_path / "other"), wrong.measure)
+    assert other.plan(w8a8(100, dtype)).backend == "triton"
+
+
+def test_what_may_run_is_asked_once(monkeypatch, tmp_path):
+    gpu = FakeGPU(monkeypatch, TIMES)
+    choices = Dispatcher(HOPPER, PlanTable(HOPPER, tmp_path), gpu.measure)
+    asked = []
+    monkeypatch.setattr(dispatch, "candidates", lambda *types: asked.append(types) or candidates(*types))
+    first = [choices.plan(o) for o in (operands(3), operands(3), w8a8(3, INT8), w8a8(3, INT8))]
+    assert len(asked) == 2
+    assert [plan.backend for plan in first] == ["cusparselt"] * 2 + ["cusparselt-int8"] * 2
+    monkeypatch.setenv("MASKPRO_KERNEL", "triton")
+    assert choices.plan(w8a8(3, INT8)).backend == "triton"
+    assert len(asked) == 3
 
 
 def test_buckets():

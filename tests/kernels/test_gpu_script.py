@@ -9,6 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from fake_gpu import rounded_and_padded
+
+from maskpro_kernels.activations import EightBitInputs
+from maskpro_kernels.reference import nm_linear_w8a8_reference
 
 MACHINE = {
     "gpu": "A GPU", "capability": "9.0", "memory": 1 << 36, "driver_cuda": "13.0", "torch": "2.11.0",
@@ -32,6 +37,25 @@ def test_without_a_gpu_one_sentence(repository: Path, monkeypatch: pytest.Monkey
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("There is no CUDA GPU that torch ")
     assert done.stdout.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_the_dense_rival_of_8_bits_computes_the_same_layer(rows, kind: str, tokens: int, monkeypatch) -> None:
+    """torch has both of its operators on a CPU, too."""
+    import w8a8_table
+
+    monkeypatch.setattr(w8a8_table, "round_inputs", rounded_and_padded)
+    torch.manual_seed(1)
+    dtype = w8a8_table.DTYPES[kind]
+    weight = w8a8_table.eight_bit(torch.randn(64, 128), dtype)
+    x, inputs = torch.randn(tokens, 128).bfloat16(), EightBitInputs(dtype)
+    dense = w8a8_table.dense_levels(weight)
+    assert dense.dtype == dtype
+    y = w8a8_table.dense_w8a8(x, dense, weight.scale, inputs)
+    expected = nm_linear_w8a8_reference(x, weight.values, weight.bitmask, weight.scale, None, inputs)
+    assert y.shape == expected.shape
+    assert (y.float() - expected.float()).norm() <= 2**-8 * expected.float().norm()
 
 
 def test_a_cut_run_goes_on(rows, tmp_path: Path) -> None:

@@ -166,7 +166,7 @@ def test_an_interleaved_weight_is_packed_again_to_the_bit(pattern, dtype, rows, 
 
 def test_int8_values_come_with_a_scale():
     weight = to_int8(pack(torch.randn(16, 64), NMPattern(2, 4)))
-    with pytest.raises(ValueError, match="expected a scale with int8 weights, found none"):
+    with pytest.raises(ValueError, match=r"expected a scale with torch\.int8 weights, found none"):
         torch.ops.maskpro.nm_linear(torch.randn(3, 64), weight.values, weight.bitmask, None, None, 2, 4)
     with pytest.raises(
         ValueError, match=r"scale: expected contiguous torch.float32 \(16,\) on cpu, found torch.float64"
@@ -240,6 +240,31 @@ def test_is_one_node_under_torch_compile():
     x = torch.randn(3, 64)
     torch.testing.assert_close(compiled(x), x @ unpack(weight).T + 1)
     assert sum("nm_linear" in node for node in nodes) == 1
+
+
+def test_one_compiled_function_takes_every_pattern():
+    compiled = torch.compile(nm_linear, backend="aot_eager", fullgraph=True)
+    x = torch.randn(3, 64)
+    for pattern in (NMPattern(2, 4), NMPattern(1, 4), NMPattern(4, 8)):
+        weight = interleave(pack(torch.randn(16, 64), pattern))
+        assert torch.equal(compiled(x, weight), nm_linear(x, weight))
+
+
+def test_what_the_kernels_do_not_know_is_refused():
+    weight, x = interleave(pack(torch.randn(16, 64), NMPattern(2, 4))), torch.randn(3, 64)
+    run = torch.ops.maskpro.nm_linear_interleaved
+    for isa in (-1, 3, 1 << 32):
+        with pytest.raises(ValueError, match=f"instruction set, 0 to 2, found {isa}"):
+            run(x, weight.data, None, None, 16, 64, 2, 4, torch.float32, isa)
+    for n, m in ((5, 4), (0, 4), (2, 1 << 40), (-1, 4)):
+        with pytest.raises(ValueError, match=f"found {n}:{m} of 64"):
+            run(x, weight.data, None, None, 16, 64, n, m, torch.float32, 0)
+    with pytest.raises(ValueError, match=r"x: expected a 16 or 32 bit float on cpu, found torch\.float64"):
+        nm_linear(x.double(), weight)
+    with pytest.raises(ValueError, match=r"kept values of a 16 or 32 bit float or int8, found torch\.float64"):
+        run(x, weight.data, None, None, 16, 64, 2, 4, torch.float64, 0)
+    with pytest.raises(ValueError, match=r"bias of shape \(15,\), expected \(16,\)"):
+        nm_linear(x, weight, torch.randn(15))
 
 
 def test_disagreeing_arguments_give_both_sizes():

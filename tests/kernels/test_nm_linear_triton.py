@@ -10,17 +10,19 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from maskpro_kernels import NMPattern, NMWeight, nm_linear, pack, to_int8, unpack
+from maskpro_kernels.packing import EIGHT_BITS
 from maskpro_kernels.reference import nm_linear_reference
 from maskpro_kernels.triton.tile import Tile, tiles
 
-F32, BF16, F16, INT8 = torch.float32, torch.bfloat16, torch.float16, torch.int8
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+INT8, FP8 = torch.int8, torch.float8_e4m3fn
 EVERY_PATTERN = [NMPattern(n, m) for m in (4, 8, 16, 32) for n in range(1, m + 1)]
 DTYPES = [(BF16, BF16), (F16, F16), (F32, F32), (BF16, INT8), (F16, BF16), (F32, BF16), (F16, INT8)]
 """Of activations and kept values."""
@@ -48,7 +50,11 @@ class Case:
         generator = torch.Generator().manual_seed(self.pattern.n * 100 + self.pattern.m)
         dense = torch.randn((self.out_features, self.in_features), generator=generator)
         activation, kept = self.dtypes
-        weight = to_int8(pack(dense, self.pattern)) if kept == INT8 else pack(dense.to(kept), self.pattern)
+        weight = pack(dense if kept in EIGHT_BITS else dense.to(kept), self.pattern)
+        if kept == INT8:
+            weight = to_int8(weight)
+        elif kept == FP8:
+            weight = replace(weight, values=every_e4m3(weight.values.shape), scale=0.001 + weight.values[:, 0].abs())
         x = torch.randn((self.tokens, self.in_features), generator=generator).to(activation)
         bias = None if self.bias is None else torch.randn(self.out_features, generator=generator).to(self.bias)
         moved = NMWeight(
@@ -59,6 +65,14 @@ class Case:
 
     def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
         return torch.cat([tensor.new_zeros(self.offset), tensor.flatten()])[self.offset :].view(tensor.shape)
+
+
+def every_e4m3(shape: torch.Size) -> torch.Tensor:
+    """Every finite e4m3 number in turn, subnormal ones and both zeros too."""
+    finite = [code for code in range(256) if code & 0x7F != 0x7F]
+    codes = torch.tensor(finite, dtype=torch.uint8)
+    places = 101 * torch.arange(shape.numel()) % len(codes)
+    return codes[places].view(FP8).reshape(shape)
 
 
 def cases() -> list[Case]:
@@ -77,7 +91,13 @@ def cases() -> list[Case]:
     found += [Case(two_of_four, out_features=rows) for rows in (1, 16, 33)]
     for splits in (2, 4, 8):  # of 5 blocks of columns: 4 and 8 splits leave some without any
         found.append(Case(two_of_four, in_features=160, tile=Tile(16, 32, 16, splits), bias=BF16))
-    found.append(Case(NMPattern(4, 8), (F16, INT8), in_features=160, tile=Tile(16, 32, 16, 4), bias=F16))
+    for kept in (INT8, FP8):
+        found.append(Case(NMPattern(4, 8), (F16, kept), in_features=160, tile=Tile(16, 32, 16, 4), bias=F16))
+    for pattern in ("1:4", "2:4", "3:4", "4:8", "6:8", "8:16", "8:32", "20:32"):  # whole groups, and gathered values
+        found.append(Case(NMPattern.parse(pattern), (BF16, FP8), bias=F32))
+    found += [Case(two_of_four, (BF16, FP8), in_features=columns, bias=BF16) for columns in (4, 36, 128, 160)]
+    found += [Case(two_of_four, (F16, FP8), tokens=tokens, out_features=33) for tokens in (1, 17)]
+    found += [Case(two_of_four, (F32, FP8)), Case(two_of_four, (BF16, FP8), in_features=128, offset=1)]
     for pattern in (two_of_four, NMPattern(4, 8)):
         found.append(Case(pattern, in_features=192, out_features=70, tokens=20, tile=Tile(64, 128, 32)))
     return found
@@ -96,7 +116,8 @@ def run(case: Case, device: str = "cpu") -> dict[str, torch.Tensor]:
     x, weight, bias = case.operands(device)
     arguments = (x, weight.values, weight.bitmask, weight.scale, bias, case.pattern, case.tile)
     again = multiply(*arguments) if case.tile.splits == 4 else None
-    dense = expand(weight.values, weight.bitmask, case.in_features, case.pattern, weight.values.dtype)
+    dtype = weight.values.dtype if weight.values.dtype != FP8 else BF16
+    dense = expand(weight.values, weight.bitmask, case.in_features, case.pattern, dtype)
     if case.in_features <= 96 and case.pattern.m < 16:
         operands = dispatch.Operands(*arguments[:-1])
         expanded = dispatch.run(Plan("expand"), operands)
@@ -173,12 +194,12 @@ import sys, triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from maskpro_kernels.triton.nm_linear import _nm_linear
-n, m, expand, capability, rows, columns, tokens, warps, stages = map(int, sys.argv[2:])
+n, m, expand, capability, rows, columns, tokens, warps, stages = map(int, sys.argv[3:])
 names = list(_nm_linear.arg_names)
 types = {name: "constexpr" for name in names} | {"x": "*bf16", "y": "*fp32", "bitmask": "*u32", "values": sys.argv[1]}
 types |= {name: "i32" for name in ("tokens", "in_features", "out_features", "kept", "stride")}
-constants = {"scale": None, "bias": None, "N": n, "M": m, "DTYPE": tl.bfloat16, "EXPAND": expand, "MASK": 32}
-constants |= {"BLOCK_O": rows, "BLOCK_K": columns, "BLOCK_T": tokens, "SPLIT": True, "EVEN": True}
+constants = {"scale": None, "bias": None, "N": n, "M": m, "DTYPE": getattr(tl, sys.argv[2]), "EXPAND": expand}
+constants |= {"MASK": 32, "BLOCK_O": rows, "BLOCK_K": columns, "BLOCK_T": tokens, "SPLIT": True, "EVEN": True}
 aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types[name] != "constexpr" and i != 6}
 source = ASTSource(_nm_linear, types, constexprs=constants, attrs=aligned)
 options = {"num_warps": warps, "num_stages": stages}
@@ -199,10 +220,10 @@ class Compiled:
         return len(re.findall(rf"\b{re.escape(instruction)}\b", self.ptx))
 
 
-def compiled(folder: Path, values: str, *numbers: int) -> Compiled:
+def compiled(folder: Path, values: str, *numbers: int, kept: str = "bfloat16") -> Compiled:
     environment = os.environ | {"TRITON_CACHE_DIR": str(folder), "TRITON_DEFAULT_FP_FUSION": "1"}
     environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-c", COMPILE, values, *map(str, numbers)]
+    command = [sys.executable, "-c", COMPILE, values, kept, *map(str, numbers)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     first, _, ptx = done.stdout.partition("\n")
@@ -234,6 +255,15 @@ def test_other_patterns_compile(values: str, n: int, m: int, expand: int, tmp_pa
     assert "wgmma.mma_async" in code.ptx
     assert "ld.local" not in code.ptx
     assert "popc" not in code.ptx
+
+
+@pytest.mark.timeout(600)
+def test_fp8_values_compile_where_no_fp8_instruction_is(tmp_path: Path) -> None:
+    code = compiled(tmp_path, "*u16", 2, 4, 0, 80, 64, 128, 16, 4, 3, kept="float8e4nv")
+    assert "mma.sync" in code.ptx
+    assert "e4m3" not in code.ptx
+    assert ".ftz" not in code.ptx  # subnormal e4m3 numbers are subnormal float32 ones on their way
+    assert "ld.local" not in code.ptx
 
 
 def test_tiles_fill_the_gpu() -> None:

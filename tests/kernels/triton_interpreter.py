@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 import triton
 import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -37,10 +38,22 @@ def _signed_to_float(self, source, to):
     return self.cast_impl(self.cast_impl(source, tl.float32), tl.bfloat16)
 
 
+def _float_to_float(self, source, to, rounding_mode):
+    """To e4m3 by torch: the interpreter's own rounds ties up, and loses a carry into the exponent."""
+    if to.scalar != tl.float8e4nv or source.dtype.scalar != tl.float32:
+        return _interpreted_float_to_float(self, source, to, rounding_mode)
+    rounded = torch.from_numpy(np.ascontiguousarray(source.data)).to(torch.float8_e4m3fn)
+    return TensorHandle(rounded.view(torch.uint8).numpy(), to.scalar)
+
+
+_interpreted_float_to_float = InterpreterBuilder.create_fp_to_fp
+
+
 def complete() -> None:
     """Completes the interpreter, and gives it our byte permutation."""
     from maskpro_kernels.triton import permute
 
     InterpreterBuilder.create_dot = _dot
     InterpreterBuilder.create_si_to_fp = _signed_to_float
+    InterpreterBuilder.create_fp_to_fp = _float_to_float
     permute._byte_permute = byte_permute

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 MODEL = "tiny"
 SEQUENCES = 4
 FLAGS = [
-    "--served-model-name", MODEL, "--dtype", "float32", "--enforce-eager", "--max-model-len", "32768",
+    "--served-model-name", MODEL, "--enforce-eager", "--max-model-len", "32768", "--dtype", "float32",
     "--hf-overrides", '{"max_position_embeddings": 32768}', "--kv-cache-memory-bytes", "100M",
     "--max-num-seqs", str(SEQUENCES),
 ]  # fmt: skip

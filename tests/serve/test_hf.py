@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 
 import pytest
@@ -89,6 +90,13 @@ def test_save_pretrained_gives_the_folder_back(tiny, tmp_path, kind):
     model.save_pretrained(tmp_path / "again")
     assert same(tiny[kind], tmp_path / "again")
     assert torch.equal(logits(load(tmp_path / "again")), logits(model))
+
+
+def test_a_pickled_model_is_settled_where_it_is_read(tiny):
+    model = load(tiny["packed"])
+    text = pickle.dumps(model)
+    assert len(text) < 1.1 * model.get_memory_footprint()
+    assert torch.equal(logits(pickle.loads(text)), logits(model))
 
 
 def test_another_pattern_with_a_layer_left_dense(tiny, tmp_path):

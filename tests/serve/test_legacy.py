@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -155,6 +158,74 @@ def test_only_ours_are_claimed(config, ours):
     before = copy.deepcopy(config)
     assert claims(config) == ours
     assert config == before
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "rounded"),
+    [
+        ("num_bits", 8, True),
+        ("symmetric", False, False),  # zero points
+        ("type", "float", False),  # another kind than the weights
+    ],
+)
+def test_activations_may_be_rounded_as_the_weights_are(path, value, rounded):
+    for name in (INT8, "bitmask-int8-tensor-static"):
+        config = changed(quantization(name), f"config_groups/group_0/input_activations/{path}", value)
+        scheme = LegacyFormat.from_dict(config, where="").scheme(UP)
+        assert scheme.inputs == (torch.int8 if rounded else None)
+        assert scheme.input_scale == ("static" in name)
+    weights_only = LegacyFormat.from_dict(changed(config, "config_groups/group_0/input_activations", None), where="")
+    assert weights_only.scheme(UP).inputs is None
+
+
+def test_the_largest_of_fused_input_scales_holds():
+    from maskpro_serve.quantization.loaded import loaded_inputs
+
+    def inputs(scale, scheme, *, dummy=False):
+        layer = SimpleNamespace()
+        if scale is not None:
+            layer.input_scale = torch.nn.Parameter(torch.tensor(scale), requires_grad=False)
+            layer.input_scale.complete = True
+        return loaded_inputs(layer, scheme, "qkv_proj", dummy=dummy)
+
+    static = LegacyFormat.from_dict(quantization("bitmask-fp8-tensor-static"), where="").scheme(UP)
+    dynamic = LegacyFormat.from_dict(quantization("bitmask-fp8-channel-dynamic"), where="").scheme(UP)
+    assert inputs([0.5, 2.0, 1.0], static).scale.tolist() == [2.0]
+    assert inputs([torch.nan] * 3, static, dummy=True).scale is None
+    assert inputs(None, dynamic).scale is None
+    assert inputs(None, dynamic).dtype == torch.float8_e4m3fn
+    assert inputs([1.0], replace(static, inputs=None)) is None
+    for bad in (0.0, torch.inf):
+        with pytest.raises(CheckpointError, match=r"qkv_proj\.input_scale: expected positive numbers, found \[1\.0, "):
+            inputs([1.0, bad], static)
+
+
+def test_fp8_values_that_are_nan_are_refused():
+    from maskpro_serve.quantization.loaded import loaded_dense
+
+    weight = torch.zeros(8, 16).to(torch.float8_e4m3fn)
+    weight.view(torch.uint8)[3, 4] = 0xFF
+    layer = SimpleNamespace(weight=torch.nn.Parameter(weight, requires_grad=False), weight_scale=torch.ones(8, 1))
+    layer.weight.complete, layer.weight_scale.complete = True, True
+    with pytest.raises(CheckpointError, match=r"^up_proj\.weight: expected numbers, found NaN$"):
+        loaded_dense(layer, LegacyFormat.pattern, "up_proj", dummy=False)
+
+
+@pytest.mark.vllm
+def test_what_becomes_of_activations_is_said(monkeypatch, caplog):
+    from maskpro_serve.quantization import config as module
+
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    said = {}
+    for cuda in (False, True):
+        monkeypatch.setattr(module.current_platform, "is_cuda", lambda cuda=cuda: cuda, raising=False)
+        caplog.clear()
+        with caplog.at_level(logging.INFO, logger="vllm.maskpro"):
+            module.MaskProConfig.from_config(quantization(INT8))
+        said[cuda] = caplog.messages
+    assert said[False] == ["maskpro: activations are not quantized: 8-bit weights are multiplied by them as they are"]
+    assert len(said[True]) == 1
+    assert said[True][0].startswith("maskpro: activations are rounded to 8 bits where that is measured to be faster")
 
 
 @pytest.mark.vllm

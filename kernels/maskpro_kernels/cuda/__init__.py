@@ -8,6 +8,7 @@ own, which is made there.
 """
 
 from maskpro_kernels.cuda.device import Device, device_of
-from maskpro_kernels.cuda.dispatch import Prepared, prepare, remember
+from maskpro_kernels.cuda.dispatch import remember
+from maskpro_kernels.cuda.preparation import Prepared, prepare
 
 __all__ = ["Device", "Prepared", "device_of", "prepare", "remember"]

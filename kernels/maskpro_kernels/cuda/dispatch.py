@@ -7,7 +7,11 @@ begins to win against the other is measured on the GPU at hand (cuda/tuning.py),
 
 The choice is a Python branch on the number of tokens, which a CUDA graph fixes when it is captured. Nothing can be
 measured during a capture: a problem that is not in the table by then runs on Triton with the likeliest tile, and a
-warning says so. :func:`prepare` measures everything beforehand.
+warning says so. :func:`maskpro_kernels.cuda.prepare` measures everything beforehand.
+
+A weight of 8 bits whose activations may be rounded to 8 bits too (W8A8), as its checkpoint says, has one way more: the
+sparse tensor cores at the rate of 8 bits. The others take its activations as they are, which is closer to the model
+that was rounded.
 """
 
 from __future__ import annotations
@@ -16,37 +20,52 @@ import functools
 import logging
 import weakref
 from collections.abc import Callable, MutableMapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from maskpro_kernels.activations import LARGEST
 from maskpro_kernels.cuda import semi_structured
 from maskpro_kernels.cuda.device import Device, device_of
-from maskpro_kernels.cuda.plans import Plan, PlanTable, Problem, bucket, buckets, default_folder
+from maskpro_kernels.cuda.plans import Plan, PlanTable, Problem, bucket, default_folder
+from maskpro_kernels.cuda.semi_structured import EightBitWeight
 from maskpro_kernels.cuda.tuning import FAILED, Run, choose, measure_on_gpu, time_of
-from maskpro_kernels.packing import NMWeight
+from maskpro_kernels.packing import EIGHT_BITS
 from maskpro_kernels.pattern import NMPattern
-from maskpro_kernels.reference import nm_linear_reference
-from maskpro_kernels.support import candidates
+from maskpro_kernels.reference import nm_linear_reference, nm_linear_w8a8_reference
+from maskpro_kernels.support import BACKENDS, candidates, requested
 from maskpro_kernels.triton.tile import Tile, tiles
 
 logger = logging.getLogger(__name__)
 
 _CHECKED_TOKENS = 16
+_LARGEST_SAMPLE = 5.0
+"""A normal number is rarely larger."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Metadata:
-    """What the sparse tensor cores need of a weight besides its values."""
+    """What the sparse tensor cores need of a weight besides its values; what a backend does not need is None."""
 
     cutlass: Tensor | None = None
     cusparselt: Tensor | None = None
+    eight_bit: EightBitWeight | None = None
 
-    def serves(self, backend: str) -> bool:
-        return backend not in ("cutlass", "cusparselt") or getattr(self, backend) is not None
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of what is there, as ``Backend.prepared`` has them."""
+        return tuple(name for name in _PARTS if getattr(self, name) is not None)
+
+    @property
+    def values(self) -> Tensor | None:
+        """The buffer that the kept values share with cuSPARSELt's metadata, if there is one."""
+        return self.cusparselt if self.eight_bit is None else self.eight_bit.buffer
+
+
+_PARTS = tuple(part.name for part in fields(Metadata))
 
 
 _NONE = Metadata()
@@ -87,6 +106,9 @@ def run(plan: Plan, operands: Operands) -> Tensor:
         case "cusparselt":
             assert o.metadata.cusparselt is not None
             return semi_structured.cusparselt_linear(o.x, o.metadata.cusparselt, o.bias)
+        case "cusparselt-int8" | "cusparselt-fp8":
+            assert o.metadata.eight_bit is not None
+            return semi_structured.w8a8_linear(o.x, o.metadata.eight_bit, o.bias)
         case _:
             return nm_linear_reference(o.x, o.values, o.bitmask, o.scale, o.bias)
 
@@ -96,7 +118,7 @@ def _expanded_linear(o: Operands) -> Tensor:
 
     dtype = multiplied_in(o.x.dtype, o.values.dtype)
     dense = expand(o.values, o.bitmask, o.x.shape[1], o.pattern, dtype)
-    if o.scale is not None:  # rounded into the weight, a sum of int8 products times its scale could leave float16
+    if o.scale is not None:  # rounded into the weight: a sum of int8 or fp8 products could leave float16
         dense.mul_(o.scale.unsqueeze(1))
     bias = None if o.bias is None else o.bias.to(dtype)
     return F.linear(o.x.to(dtype), dense, bias).to(o.x.dtype)
@@ -111,7 +133,7 @@ def ways(backend: str, operands: Operands, device: Device) -> dict[Plan, Run]:
 
 
 def _tiles(problem: Problem, device: Device) -> list[Tile]:
-    stored = 4 if problem.activation == torch.float32 or problem.weight not in (problem.activation, torch.int8) else 2
+    stored = 4 if problem.activation == torch.float32 or problem.weight not in (problem.activation, *EIGHT_BITS) else 2
     return tiles(problem.tokens, problem.out_features, problem.in_features, device.processors, stored)
 
 
@@ -128,33 +150,38 @@ class Dispatcher:
         self.device = device
         self.table = table
         self.measure = measure
-        self._chosen: dict[tuple[Problem, tuple[str, ...]], Plan] = {}
+        self._chosen: dict[tuple[str, Problem, tuple[str, ...]], Plan] = {}
         self._warned: set[Problem] = set()
 
     def plan(self, operands: Operands) -> Plan:
         """The plan for a product; measured now if it has to be."""
         problem = operands.problem
-        allowed = tuple(
+        key = (requested(), problem, operands.metadata.parts)
+        found = self._chosen.get(key)
+        if found is not None:
+            return found
+        allowed = self._allowed(problem, operands.metadata)
+        if allowed == ("reference",):
+            return Plan("reference")
+        if _capturing():
+            return self._unmeasured(problem, allowed)
+        found = self._chosen[key] = self._measured(operands, allowed)
+        return found
+
+    def _allowed(self, problem: Problem, metadata: Metadata) -> tuple[str, ...]:
+        """Names of the backends that may run a problem, the preferred one first."""
+        there = (None, *metadata.parts)
+        types = problem.pattern, problem.activation, problem.weight, "cuda", self.device.capability
+        found = tuple(
             backend.name
-            for backend in candidates(
-                problem.pattern, problem.activation, problem.weight, "cuda", self.device.capability
-            )
-            if backend.covers_shape(problem.out_features, problem.in_features)
-            and operands.metadata.serves(backend.name)
+            for backend in candidates(*types)
+            if backend.covers_shape(problem.out_features, problem.in_features) and backend.prepared in there
         )
-        if not allowed:
+        if not found:
             raise ValueError(
                 f"nm_linear: {problem}: the kernels that MASKPRO_KERNEL asks for do not cover this shape, or need a "
                 "weight that maskpro_kernels.cuda.prepare() was given"
             )
-        if allowed == ("reference",):
-            return Plan("reference")
-        key = (problem, allowed)
-        found = self._chosen.get(key)
-        if found is None:
-            if _capturing():
-                return self._unmeasured(problem, allowed)
-            found = self._chosen[key] = self._measured(operands, allowed)
         return found
 
     def _unmeasured(self, problem: Problem, allowed: tuple[str, ...]) -> Plan:
@@ -171,11 +198,24 @@ class Dispatcher:
         """Chooses for the bucket's number of tokens, with activations of its own."""
         problem = operands.problem
         x = torch.randn((problem.tokens, problem.in_features), device=operands.x.device).to(operands.x.dtype)
-        sample = replace(operands, x=x)
+        sample = replace(operands, x=x, metadata=_calibrated(operands.metadata))
+        expected = functools.cache(functools.partial(expected_output, sample))
         return choose(
             self.table, problem, allowed, lambda name: ways(name, sample, self.device),
-            functools.partial(right, sample, expected_output(sample)), self.measure,
+            lambda plan, y: right(sample, expected(plan.backend in _EIGHT_BIT), y), self.measure,
         )  # fmt: skip
+
+
+_EIGHT_BIT = tuple(backend.name for backend in BACKENDS if backend.prepared == "eight_bit")
+
+
+def _calibrated(metadata: Metadata) -> Metadata:
+    """The same for a sample's activations: a stored scale was calibrated for others."""
+    weight = metadata.eight_bit
+    if weight is None or weight.inputs.scale is None:
+        return metadata
+    scale = torch.full_like(weight.inputs.scale, _LARGEST_SAMPLE / LARGEST[weight.inputs.dtype])
+    return replace(metadata, eight_bit=replace(weight, inputs=replace(weight.inputs, scale=scale)))
 
 
 def _some(of_tokens: Tensor) -> Tensor:
@@ -183,14 +223,18 @@ def _some(of_tokens: Tensor) -> Tensor:
     return torch.cat([of_tokens[:_CHECKED_TOKENS], of_tokens[-_CHECKED_TOKENS:]]).float()
 
 
-def expected_output(operands: Operands) -> Tensor:
-    """Some outputs, in float32."""
+def expected_output(operands: Operands, eight_bit: bool = False) -> Tensor:
+    """Some outputs, in float32; of activations that are rounded to 8 bits if ``eight_bit``."""
     o = operands
-    return nm_linear_reference(_some(o.x), o.values, o.bitmask, o.scale, o.bias)
+    if not eight_bit:
+        return nm_linear_reference(_some(o.x), o.values, o.bitmask, o.scale, o.bias)
+    assert o.metadata.eight_bit is not None
+    assert o.scale is not None
+    return nm_linear_w8a8_reference(_some(o.x), o.values, o.bitmask, o.scale, o.bias, o.metadata.eight_bit.inputs)
 
 
 def right(operands: Operands, expected: Tensor, y: Tensor) -> bool:
-    """Whether some outputs are what float32 gives, to the rounding of the dtype.
+    """Whether some outputs are the expected ones, to the rounding of the dtype.
 
     Rounding every weight and every output once, in random directions, moves the outputs by a part of eps of their
     norm. 8 eps are no chance: of bfloat16, one weight in 500 at a wrong place makes as much. Float32 sums round, too.
@@ -213,23 +257,6 @@ def dispatcher(device: Device) -> Dispatcher:
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A weight ready to be multiplied.
-
-    Attributes:
-        weight: the same weight; its values may have moved to a buffer they share with metadata.
-        metadata: what the sparse tensor cores need, made for the choices that were measured.
-        backends: names of those that will run it, the one for few tokens first.
-        nbytes: of the weight and its metadata.
-    """
-
-    weight: NMWeight
-    metadata: Metadata
-    backends: tuple[str, ...]
-    nbytes: int
-
-
-@dataclass(frozen=True)
 class _Kept:
     bitmask: weakref.ref[Tensor]
     metadata: Metadata
@@ -238,70 +265,12 @@ class _Kept:
 _prepared: MutableMapping[Tensor, _Kept] = WeakTensorKeyDictionary()
 
 
-def prepare(weight: NMWeight, activation: torch.dtype, most_tokens: int) -> Prepared:
-    """Chooses kernels for a weight on a GPU, for 1 to ``most_tokens`` tokens, and makes what they need.
-
-    The choice is remembered for the weight's two tensors: neither may be written to afterwards.
-
-    Args:
-        weight: on a CUDA device.
-        activation: dtype of the activations.
-        most_tokens: of one call.
-
-    Raises:
-        UnsupportedKernelError: no backend covers it.
-
-    Cost: measures what the table does not know of this shape, some seconds for a new one; metadata is 1 bit a weight.
-    """
-    device = device_of(weight.values)
-    choices = dispatcher(device)
-    everything, values = _all_metadata(weight, activation, device)
-    operands = Operands(
-        weight.values.new_empty((1, weight.shape[1]), dtype=activation), values, weight.bitmask, weight.scale, None,
-        weight.pattern, everything,
-    )  # fmt: skip
-    plans = []
-    for tokens in buckets(most_tokens):
-        plans.append(choices.plan(replace(operands, x=operands.x.expand(tokens, -1))))
-    used = tuple(dict.fromkeys(plan.backend for plan in plans))
-    metadata = Metadata(
-        everything.cutlass if "cutlass" in used else None, everything.cusparselt if "cusparselt" in used else None
-    )
-    if metadata.cusparselt is None:
-        values = weight.values
-    kept = replace(weight, values=values)
-    remember(kept.values, kept.bitmask, metadata)
-    extra = metadata.cutlass.nbytes if metadata.cutlass is not None else 0
-    if metadata.cusparselt is not None:
-        extra += metadata.cusparselt.nbytes - values.nbytes
-    return Prepared(kept, metadata, used, weight.nbytes + extra)
-
-
 def remember(values: Tensor, bitmask: Tensor, metadata: Metadata) -> None:
     """Gives the metadata to every later product with these two tensors, for as long as they live.
 
     They are the weight's own, or others of the same memory: a Parameter is another tensor than what it was made of.
     """
     _prepared[values] = _Kept(weakref.ref(bitmask), metadata)
-
-
-def _all_metadata(weight: NMWeight, activation: torch.dtype, device: Device) -> tuple[Metadata, Tensor]:
-    """What every candidate would need, and the values where cuSPARSELt wants them."""
-    found: dict[str, Tensor] = {}
-    values = weight.values
-    for backend in candidates(weight.pattern, activation, values.dtype, "cuda", device.capability):
-        if not backend.prepared or not backend.covers_shape(*weight.shape):
-            continue
-        try:
-            if backend.name == "cutlass":
-                found["cutlass"] = semi_structured.cutlass_metadata(weight.bitmask)
-            else:
-                buffer = semi_structured.cusparselt_buffer(values, weight.bitmask, weight.shape[1])
-                found["cusparselt"] = buffer
-                values = semi_structured.values_of_buffer(buffer, values.shape)
-        except RuntimeError as error:  # a library without kernels for this GPU
-            logger.warning("%s cannot take a weight of %s: %s", backend.name, weight.shape, error)
-    return Metadata(**found), values
 
 
 def nm_linear(

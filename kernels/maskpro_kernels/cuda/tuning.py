@@ -27,7 +27,7 @@ def choose(
     problem: Problem,
     allowed: Iterable[str],
     ways: Callable[[str], Mapping[Plan, Run]],
-    right: Callable[[Tensor], bool],
+    right: Callable[[Plan, Tensor], bool],
     measure: Callable[[Run], float],
 ) -> Plan:
     """The fastest of the allowed backends; what the table does not know of them is measured and added.
@@ -37,7 +37,7 @@ def choose(
         problem: what is multiplied.
         allowed: names of the backends, the preferred one first.
         ways: by a backend's name, the plans it could follow, and how to run each.
-        right: whether an output is that of the problem.
+        right: whether an output of a plan is that of the problem.
         measure: microseconds of a call.
 
     Raises:
@@ -62,14 +62,14 @@ def time_of(plan: Plan) -> float:
 
 
 def _best(
-    name: str, ways: Mapping[Plan, Run], problem: Problem, right: Callable[[Tensor], bool],
+    name: str, ways: Mapping[Plan, Run], problem: Problem, right: Callable[[Plan, Tensor], bool],
     measure: Callable[[Run], float],
 ) -> Plan:  # fmt: skip
     """The fastest way of one backend; a plan of infinite time where every way fails."""
     best = Plan(name, microseconds=FAILED)
     for plan, run in ways.items():
         try:
-            if not right(run()):
+            if not right(plan, run()):
                 logger.error("%s: %s gives a wrong result and is left out", problem, plan)
                 continue
             time = measure(run)

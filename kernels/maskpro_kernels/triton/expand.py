@@ -4,8 +4,8 @@ A tile is BLOCK_O rows of BLOCK_K columns, cut into groups of M. EXPAND says how
 
 - PERMUTE, of 2:4 with 16 bits, and QUAD, of 1, 2, 4 or 8 kept with 16 bits: byte permutations (permute.py). Values are
   read as integers of 16 to 64 bits that hold a group, or half of 8 kept ones, neighbours side by side.
-- WORD, of int8 and float32: all kept values of a group are one integer of 8 to 64 bits; shifted right by rank * bits it
-  begins with the value wanted.
+- WORD, of 8 bits and float32: all kept values of a group are one integer of 8 to 64 bits; shifted right by rank * bits
+  it begins with the value wanted.
 - GATHER, of every other N: the value is loaded from values[rank]. The M loads of a group fall into the N values that
   lie side by side, so memory is read once and the cache's bandwidth is what is spent.
 
@@ -16,7 +16,7 @@ constant k then take a shift and a mask each. They are joined so that a thread h
 joining is a renaming of registers.
 """
 
-# ruff: noqa: N803, N806, RET505, SIM108  (constants in capitals, branches that are compiled: Triton's own style)
+# ruff: noqa: N803, N806, RET505, SIM108, SIM300  (constants in capitals, branches that are compiled: Triton's own style)
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped, import-not-found"
 
 from __future__ import annotations
@@ -117,15 +117,27 @@ def _load_bits(
 
 
 @triton.jit
+def _from_e4m3(byte):
+    """float32 of e4m3fn numbers, exactly: their sign, exponent and mantissa are those of a float32 that is 2^120 less.
+
+    In integers, as GPUs before compute capability 8.9 cannot convert them. Its two NaNs become 480 and -480: whoever
+    loads a weight refuses them.
+    """
+    signed = byte.to(tl.int8, bitcast=True).to(tl.int32)
+    return ((signed << 20) & -0x78100000).to(tl.float32, bitcast=True) * 1.329227995784916e36
+
+
+@triton.jit
 def expand_tile(
     values, bitmask, rows, kept, stride, first, in_features,
     N: tl.constexpr, M: tl.constexpr, DTYPE: tl.constexpr, EXPAND: tl.constexpr, MASK: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """The dense tile (BLOCK_O, BLOCK_K) of dtype DTYPE from column ``first``, a multiple of BLOCK_K.
+    """The dense tile (BLOCK_O, BLOCK_K) of dtype DTYPE from column ``first``, a multiple of BLOCK_K; of e4m3, float32.
 
     Args:
-        values: points to the kept values: to DTYPE if they are gathered, to integers of a whole group otherwise.
+        values: points to the kept values: to DTYPE if they are gathered (of e4m3, to uint8), to integers of a whole
+            group otherwise.
         bitmask: points to unsigned integers of MASK bits; MASK is 8, 16 or 32 and at least M.
         rows: int64 (BLOCK_O,), all of them rows of the weight.
         kept, stride: values and bytes of mask in a row.
@@ -167,5 +179,9 @@ def expand_tile(
         else:
             source = _load(values + rows[:, None] * (kept // N) + group, group * M < in_features, EVEN)
             tile = _planes(source, bits, r0, r1, r2, r3, 0, 1, M, DTYPE.primitive_bitwidth, EXPAND)
-            tile = tl.reshape(tile, [BLOCK_O, BLOCK_K]).to(DTYPE, bitcast=True)
+            tile = tl.reshape(tile, [BLOCK_O, BLOCK_K])
+            if DTYPE != tl.float8e4nv:
+                tile = tile.to(DTYPE, bitcast=True)
+    if DTYPE == tl.float8e4nv:
+        tile = _from_e4m3(tile)
     return tile

@@ -31,6 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from maskpro_kernels.packing import EIGHT_BITS
 from maskpro_kernels.pattern import NMPattern
 from maskpro_kernels.triton.expand import GATHER, PERMUTE, QUAD, WORD, expand_tile
 from maskpro_kernels.triton.tile import Tile
@@ -40,7 +41,10 @@ _EXPAND_ROWS, _EXPAND_COLUMNS = 32, 128
 
 _INTEGERS = {1: torch.uint8, 2: torch.uint16, 4: torch.int32, 8: torch.int64}
 _MASKS = {8: torch.uint8, 16: torch.uint16, 32: torch.uint32}
-_TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.int8: tl.int8}
+_TRITON = {
+    torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.int8: tl.int8,
+    torch.float8_e4m3fn: tl.float8e4nv,
+}  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -149,6 +153,8 @@ def _stored(values: Tensor, bitmask: Tensor, in_features: int, pattern: NMPatter
         expand = WORD
     if expand is not GATHER:
         values = values.view(_INTEGERS[word])
+    elif dtype == torch.float8_e4m3fn:
+        values = values.view(torch.uint8)
     return _Stored(
         values,
         bitmask if mask == 8 else bitmask.view(_MASKS[mask]),
@@ -159,7 +165,7 @@ def _stored(values: Tensor, bitmask: Tensor, in_features: int, pattern: NMPatter
 
 def multiplied_in(activation: torch.dtype, weight: torch.dtype) -> torch.dtype:
     """The dtype of the products: the activations' where it holds every kept value exactly, else float32."""
-    return activation if weight in (activation, torch.int8) else torch.float32
+    return activation if weight in (activation, *EIGHT_BITS) else torch.float32
 
 
 def nm_linear(
@@ -201,7 +207,7 @@ def nm_linear(
 
 
 def expand(values: Tensor, bitmask: Tensor, in_features: int, pattern: NMPattern, dtype: torch.dtype) -> Tensor:
-    """The dense (out_features, in_features) weight in ``dtype``; int8 values without their scale.
+    """The dense (out_features, in_features) weight in ``dtype``; values of 8 bits without their scale.
 
     Cost: reads the packed weight and writes the dense one.
     """
