@@ -96,9 +96,12 @@ def test_a_missing_weights_package_is_named(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def server(cache, tmp_path_factory):
-    """Reads prompts in chunks of 128 tokens; allows no blanks in JSON, or so small a model never closes its braces."""
+    """Reads prompts in chunks of 128 tokens; allows no blanks in JSON, or so small a model never closes its braces.
+
+    In float32 on every machine: what is compared are greedy tokens, and some processors would choose bfloat16.
+    """
     flags = [
-        "--model", "sparse-llama", "--max-model-len", "512", "--kv-cache-memory-bytes", "200M",
+        "--model", "sparse-llama", "--dtype", "float32", "--max-model-len", "512", "--kv-cache-memory-bytes", "200M",
         "--max-num-batched-tokens", "128", "--enable-prompt-tokens-details",
         "--enable-auto-tool-choice", "--tool-call-parser", "xlam",
         "--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}',
