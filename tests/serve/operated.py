@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -107,6 +108,19 @@ def engine_processes(server: Server) -> list[psutil.Process]:
     """vLLM's engine core (and workers) under the server."""
     children = psutil.Process(server.pid).children(recursive=True)
     return [child for child in children if "EngineCore" in " ".join([child.name(), *child.cmdline()])]
+
+
+@contextlib.contextmanager
+def suspended(server: Server) -> Iterator[None]:
+    """The engine stands still."""
+    processes = engine_processes(server)
+    for process in processes:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.resume()
 
 
 def wait_until(condition, seconds: float = 60.0) -> None:
