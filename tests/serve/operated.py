@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +23,7 @@ SEQUENCES = 4
 FLAGS = [
     "--served-model-name", MODEL, "--enforce-eager", "--max-model-len", "32768", "--dtype", "float32",
     "--hf-overrides", '{"max_position_embeddings": 32768}', "--kv-cache-memory-bytes", "100M",
-    "--max-num-seqs", str(SEQUENCES),
+    "--max-num-seqs", str(SEQUENCES), "--stream-interval", "20",
 ]  # fmt: skip
 
 ONE_THREAD = {"VLLM_CPU_OMP_THREADS_BIND": str(min(os.sched_getaffinity(0)))}
@@ -110,17 +109,31 @@ def engine_processes(server: Server) -> list[psutil.Process]:
     return [child for child in children if "EngineCore" in " ".join([child.name(), *child.cmdline()])]
 
 
-@contextlib.contextmanager
-def suspended(server: Server) -> Iterator[None]:
-    """The engine stands still."""
-    processes = engine_processes(server)
-    for process in processes:
+def stand_still(server: Server) -> None:
+    """Stops the engine until :func:`go_on`.
+
+    So small a model makes tokens faster than vLLM's front end can pass them on, and meanwhile nobody else is answered.
+    """
+    for process in engine_processes(server):
         process.suspend()
-    try:
-        yield
-    finally:
-        for process in processes:
-            process.resume()
+
+
+def go_on(server: Server) -> None:
+    """Lets the engine run again."""
+    for process in engine_processes(server):
+        process.resume()
+
+
+def stand_still_when(server: Server, condition: Callable[[], bool]) -> None:
+    """Lets the engine run for a moment at a time until the condition holds, and stops it there."""
+    deadline = time.monotonic() + 60
+    while True:
+        stand_still(server)
+        if condition():
+            return
+        assert time.monotonic() < deadline, "not within the time"
+        go_on(server)
+        time.sleep(0.1)
 
 
 def wait_until(condition, seconds: float = 60.0) -> None:

@@ -23,7 +23,7 @@ from operated import (
     programs,
     records,
     sample,
-    suspended,
+    stand_still_when,
     wait_until,
     with_tokenizer,
 )
@@ -218,18 +218,15 @@ def panel_expressions() -> list[str]:
 
 def test_prometheus_has_data_for_every_panel_and_alert(server, prometheus):
     """A queue grows meanwhile, and its alert sees it."""
-    load = Load(server.url, 4 * SEQUENCES, 600, **AUTHORIZED)
-    # So small a model makes tokens faster than vLLM's front end can pass them on, and then nobody else is answered: the
-    # engine runs for a moment at a time until the queue has formed.
-    queued = False
-    while not queued:
-        assert not all(future.done() for future in load.futures)
-        with suspended(server):
-            queued = sample(server.get("/metrics"), "vllm:num_requests_waiting") > SEQUENCES
-            if queued:
-                wait_until(lambda: prometheus.active("MaskproQueueGrowing"))
-        time.sleep(0.2)
-    assert {ending.tokens for ending in load.endings()} == {600}
+    loads: list[Load] = []
+
+    def queue_is_seen() -> bool:
+        if not loads or all(future.done() for future in loads[-1].futures):
+            loads.append(Load(server.url, 4 * SEQUENCES, 600, **AUTHORIZED))
+        return prometheus.active("MaskproQueueGrowing")
+
+    wait_until(queue_is_seen)
+    assert {ending.tokens for load in loads for ending in load.endings()} == {600}
     wait_until(lambda: not prometheus.active("MaskproDown"))
     wait_until(lambda: prometheus.query("maskpro:tokens:rate1m > 0"))
     assert ask(server, 40).tokens == 40  # a first token that is not long ago
@@ -247,7 +244,7 @@ def test_prometheus_has_data_for_every_panel_and_alert(server, prometheus):
 def test_the_engine_is_killed_under_load(server, prometheus_or_none):
     load = Load(server.url, 2 * SEQUENCES, 4000, **AUTHORIZED)
     busy = "vllm:num_requests_running", "vllm:num_requests_waiting"
-    wait_until(lambda: sum(sample(server.get("/metrics"), name) for name in busy) == 2 * SEQUENCES)
+    stand_still_when(server, lambda: sum(sample(server.get("/metrics"), name) for name in busy) == 2 * SEQUENCES)
     killed = time.monotonic()
     for process in engine_processes(server):
         process.kill()

@@ -13,9 +13,11 @@ from operated import (
     SEQUENCES,
     Load,
     complete,
-    engine_processes,
+    go_on,
     records,
     sample,
+    stand_still,
+    stand_still_when,
     wait_until,
     with_tokenizer,
 )
@@ -56,14 +58,14 @@ def test_loads_serves_and_drains(tiny, tmp_path):
         load = Load(server.url, 2 * SEQUENCES, 100)
         endless = Load(server.url, 2, 32000)
         taken = "vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:request_success_total"
-        wait_until(lambda: sum(sample(server.get("/metrics"), name) for name in taken) == 2 * SEQUENCES + 2)
+        everybody = 2 * SEQUENCES + 2
+        stand_still_when(server, lambda: sum(sample(server.get("/metrics"), name) for name in taken) == everybody)
         server.send_signal(signal.SIGTERM)
+        wait_until(lambda: answers(server.url, "/ready") == 503, 10)
+        go_on(server)
         endings = load.endings()
         assert [(ending.status, ending.tokens, ending.error) for ending in endings] == [(200, 100, "")] * len(endings)
-        # So small a model makes tokens faster than vLLM's front end can pass them on: it would answer nobody else.
-        for process in engine_processes(server):
-            process.suspend()
-        wait_until(lambda: answers(server.url, "/ready") == 503, 10)
+        stand_still(server)
         late = complete(server.url, 4)
         assert (late.status, late.tokens) == (503, 0)
         assert "shutting down" in late.error
