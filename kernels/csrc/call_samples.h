@@ -9,7 +9,7 @@
 
 namespace maskpro {
 
-// Whether the call that is about to begin is to be timed. Some nanoseconds.
+// Whether the call that is about to begin is to be timed.
 bool is_sampled();
 
 // Drops the sample if MASKPRO_MAX_SAMPLES wait already.

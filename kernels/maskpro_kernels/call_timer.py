@@ -45,7 +45,7 @@ class TimedCall:
 def time_calls(every: int) -> None:
     """Times one call in ``every`` from now on, in this process; 0 stops that. Without native kernels there are none.
 
-    Cost: some nanoseconds a call, two clock readings for one that is timed. A prime period that does not divide the
+    Cost: an atomic decrement a call, two clock readings for one that is timed. A prime period that does not divide the
     calls of a forward pass visits every layer alike.
 
     Raises:
