@@ -55,10 +55,13 @@ class Ending:
     headers: dict[str, str] = field(default_factory=dict)
 
 
-def complete(url: str, tokens: int, *, stream: bool = True, prompt: str = "hello", **headers: str) -> Ending:
-    """One completion; every way it can end is an Ending, but a hang: the client waits for 90 s at most."""
+def complete(
+    url: str, tokens: int, *, stream: bool = True, prompt: str = "hello", n: int = 1, **headers: str
+) -> Ending:
+    """One request for n completions; every way it can end is an Ending, but a hang: the client waits for 90 s."""
     begin = time.monotonic()
-    body = {"model": MODEL, "prompt": prompt, "max_tokens": tokens, "ignore_eos": True, "temperature": 0}
+    body = {"model": MODEL, "prompt": prompt, "max_tokens": tokens, "ignore_eos": True, "n": n}
+    body["temperature"] = 0 if n == 1 else 1
     options = {"include_usage": True}
     ending = Ending(0)
     try:
@@ -87,12 +90,15 @@ def _events(response: httpx.Response) -> Iterator[dict[str, Any]]:
 
 
 class Load:
-    """Completions under way in threads, every second one not streamed."""
+    """Requests under way in threads, every second one not streamed, for n completions each.
 
-    def __init__(self, url: str, requests: int, tokens: int, **headers: str) -> None:
+    Many threads that read streams leave too little of two cores for the server they ask: prefer a larger n.
+    """
+
+    def __init__(self, url: str, requests: int, tokens: int, *, n: int = 1, **headers: str) -> None:
         self._pool = ThreadPoolExecutor(requests)
         self.futures: list[Future[Ending]] = [
-            self._pool.submit(complete, url, tokens, stream=index % 2 == 0, **headers) for index in range(requests)
+            self._pool.submit(complete, url, tokens, stream=index % 2 == 0, n=n, **headers) for index in range(requests)
         ]
 
     def endings(self) -> list[Ending]:

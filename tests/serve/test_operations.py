@@ -20,6 +20,7 @@ from operated import (
     Load,
     complete,
     engine_processes,
+    go_on,
     programs,
     records,
     sample,
@@ -218,15 +219,11 @@ def panel_expressions() -> list[str]:
 
 def test_prometheus_has_data_for_every_panel_and_alert(server, prometheus):
     """A queue grows meanwhile, and its alert sees it."""
-    loads: list[Load] = []
-
-    def queue_is_seen() -> bool:
-        if not loads or all(future.done() for future in loads[-1].futures):
-            loads.append(Load(server.url, 4 * SEQUENCES, 600, **AUTHORIZED))
-        return prometheus.active("MaskproQueueGrowing")
-
-    wait_until(queue_is_seen)
-    assert {ending.tokens for load in loads for ending in load.endings()} == {600}
+    load = Load(server.url, 2, 400, n=4 * SEQUENCES, **AUTHORIZED)
+    stand_still_when(server, lambda: sample(server.get("/metrics"), "vllm:num_requests_waiting") > SEQUENCES)
+    wait_until(lambda: prometheus.active("MaskproQueueGrowing"))
+    go_on(server)
+    assert {ending.tokens for ending in load.endings()} == {400 * 4 * SEQUENCES}
     wait_until(lambda: not prometheus.active("MaskproDown"))
     wait_until(lambda: prometheus.query("maskpro:tokens:rate1m > 0"))
     assert ask(server, 40).tokens == 40  # a first token that is not long ago
@@ -242,7 +239,7 @@ def test_prometheus_has_data_for_every_panel_and_alert(server, prometheus):
 
 
 def test_the_engine_is_killed_under_load(server, prometheus_or_none):
-    load = Load(server.url, 2 * SEQUENCES, 4000, **AUTHORIZED)
+    load = Load(server.url, 2, 4000, n=SEQUENCES, **AUTHORIZED)
     busy = "vllm:num_requests_running", "vllm:num_requests_waiting"
     stand_still_when(server, lambda: sum(sample(server.get("/metrics"), name) for name in busy) == 2 * SEQUENCES)
     killed = time.monotonic()
