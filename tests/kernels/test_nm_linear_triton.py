@@ -278,14 +278,7 @@ def test_tiles_fill_the_gpu() -> None:
     assert 4096 // best.rows * best.splits >= 132
 
 
-def interpret(path: str) -> None:
-    """Runs every case in this process, which has the interpreter, and saves the results."""
-    sys.path.insert(0, str(Path(__file__).parent))
+if __name__ == "__main__":
     import triton_interpreter
 
-    triton_interpreter.complete()
-    torch.save([run(case) for case in CASES], path)
-
-
-if __name__ == "__main__":
-    interpret(sys.argv[1])
+    triton_interpreter.save(run, CASES, sys.argv[1])

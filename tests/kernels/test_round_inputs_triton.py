@@ -126,14 +126,7 @@ def test_compiles_to_wide_accesses_and_exact_divisions(tmp_path: Path) -> None:
         assert unwanted not in done.stdout, unwanted
 
 
-def interpret(path: str) -> None:
-    """Runs every case in this process, which has the interpreter, and saves the results."""
-    sys.path.insert(0, str(Path(__file__).parent))
+if __name__ == "__main__":
     import triton_interpreter
 
-    triton_interpreter.complete()
-    torch.save([run(case) for case in CASES], path)
-
-
-if __name__ == "__main__":
-    interpret(sys.argv[1])
+    triton_interpreter.save(run, CASES, sys.argv[1])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
 import numpy as np
 import torch
 import triton
@@ -49,7 +52,13 @@ def _float_to_float(self, source, to, rounding_mode):
 _interpreted_float_to_float = InterpreterBuilder.create_fp_to_fp
 
 
-def complete() -> None:
+def save(run: Callable[[Any], Any], cases: Iterable[Any], path: str) -> None:
+    """What a test module does as a program: saves the result of every case, run in the completed interpreter."""
+    _complete()
+    torch.save([run(case) for case in cases], path)
+
+
+def _complete() -> None:
     """Completes the interpreter, and gives it our byte permutation."""
     from maskpro_kernels.triton import permute
 
