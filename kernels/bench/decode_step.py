@@ -61,6 +61,7 @@ class Clock:
 
         @functools.wraps(inner)
         def timed(*args: Any, **kwargs: Any) -> Any:
+            self._take_kernels()
             inside_head = any(entry[0] == HEAD for entry in self._open)
             frame: list[Any] = [HEAD if inside_head else part, 0.0]
             self._open.append(frame)
@@ -79,7 +80,9 @@ class Clock:
         setattr(owner, name, timed)
 
     def _take_kernels(self) -> None:
-        """Takes the calls that the kernels timed themselves since a part last ended: this part's."""
+        """Takes the calls that the kernels timed since a part last began or ended: those of the innermost open part."""
+        if not self._open:
+            return
         frame = self._open[-1]
         for call in take_timed():
             if frame[0] != HEAD:
@@ -138,6 +141,7 @@ def main() -> None:
 
     steps: list[float] = []
     llm_engine = engine.llm_engine
+    dtype = str(llm_engine.vllm_config.model_config.dtype).removeprefix("torch.")  # "auto" no longer
     step = llm_engine.step
 
     def counted() -> Any:
