@@ -50,7 +50,9 @@ def rivals(
     for dtype in (torch.float32, torch.bfloat16):
         found.append(_dense(dense.to(dtype), set_bytes))
     if torch.backends.mkldnn.is_available():
-        found.append(_prepacked(dense, set_bytes))
+        found.append(_prepacked("oneDNN prepacked", dense, set_bytes))
+        if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            found.append(_prepacked("oneDNN prepacked bfloat16", dense.bfloat16(), set_bytes))
     return weight, found
 
 
@@ -95,8 +97,8 @@ def _dense(weight: Tensor, set_bytes: int) -> Rival:
     return Rival(name, weight.dtype, weight.dtype, weight.nbytes, len(copies), lambda x: F.linear(x, next(following)))
 
 
-def _prepacked(weight: Tensor, set_bytes: int) -> Rival:
-    """oneDNN with its own weight layout, as torch.compile's freezing chooses it."""
+def _prepacked(name: str, weight: Tensor, set_bytes: int) -> Rival:
+    """oneDNN with its own weight layout, as torch.compile's freezing and vLLM choose it."""
     count = _copies(weight.nbytes, set_bytes)
     copies = [torch.ops.mkldnn._reorder_linear_weight(weight, None) for _ in range(count)]
     following: Iterator[Tensor] = itertools.cycle(copies)
@@ -105,4 +107,4 @@ def _prepacked(weight: Tensor, set_bytes: int) -> Rival:
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, next(following), None, "none", [], "")
         return y
 
-    return Rival("oneDNN prepacked", weight.dtype, weight.dtype, weight.nbytes, len(copies), run)
+    return Rival(name, weight.dtype, weight.dtype, weight.nbytes, len(copies), run)
