@@ -19,10 +19,9 @@ struct Source {
   int32_t dtype;
 };
 
-// Where a row's value lies within a slot.
-int64_t place(int64_t row, int32_t dtype) {
-  if (dtype != MASKPRO_BF16) return row;
-  return row < kBlockRows / 2 ? 2 * row : 2 * row - kBlockRows + 1;
+// Where a row's value of slot j lies among a chunk's.
+int64_t place(int64_t row, int64_t j, int32_t dtype) {
+  return dtype == MASKPRO_BF16 ? (j / 2 * kBlockRows + row) * 2 + j % 2 : j * kBlockRows + row;
 }
 
 // The set bits of group g of a row; m divides 32 or is a nibble.
@@ -39,7 +38,6 @@ void interleave_row(const Source& from, const Interleaved& sizes, int64_t row, u
   const bool dense = sizes.bits == 0;
   const uint8_t* bitmask = dense ? nullptr : from.bitmask + row * ((from.in_features + 7) / 8);
   const int64_t lane = row % kBlockRows;
-  const int64_t value_place = place(lane, from.dtype) * kBytes;
   const int slots = chunk_slots(sizes.bits);
   const int64_t index_bytes = chunk_index_bytes(sizes.bits);
   const int64_t bytes = index_bytes + slots * kBlockRows * kBytes;
@@ -50,7 +48,7 @@ void interleave_row(const Source& from, const Interleaved& sizes, int64_t row, u
     for (int32_t k = 0; k < from.n; ++k, ++slot) {
       uint8_t* chunk = block + slot / slots * bytes;
       const int64_t j = slot % slots;
-      memcpy(chunk + index_bytes + j * kBlockRows * kBytes + value_place, values + slot * kBytes, kBytes);
+      memcpy(chunk + index_bytes + place(lane, j, from.dtype) * kBytes, values + slot * kBytes, kBytes);
       if (dense) continue;
       const uint32_t column = bits == 0 ? 0 : static_cast<uint32_t>(__builtin_ctz(bits));
       bits &= bits - 1;

@@ -9,11 +9,12 @@
 //
 //   indices  [16] uint32: in row r's, slot j's column within its group at bits [j * index_bits, (j + 1) * index_bits);
 //            left out where every column is kept
-//   values   [slots][16]; bfloat16 values are ordered row 0, 8, 1, 9, ..., 15, so that a shift and an AND give rows 0
-//            to 7 and 8 to 15
+//   values   [slots][16]; of bfloat16 [slots / 2][16][2], so that a row's two are the operand of a product of pairs, and
+//            a shift and an AND make float32 of sixteen rows' first and second
 //
 // Rows past the last and slots past a row's last have zero values and indices. A kept value takes its bits and 2, 3.2, 4
-// or 5.33 of an index for m = 4, 8, 16 or 32: 2:4 takes 9 bits a weight in bfloat16, as in FORMAT.md's order. This order is private to a process: it is made when a weight is loaded, and may change.
+// or 5.33 of an index for m = 4, 8, 16 or 32: 2:4 takes 9 bits a weight in bfloat16, as in FORMAT.md's order. This
+// order is private to a process: it is made when a weight is loaded, and may change.
 #ifndef MASKPRO_INTERLEAVED_H_
 #define MASKPRO_INTERLEAVED_H_
 
@@ -30,6 +31,7 @@ constexpr int32_t index_bits(int32_t n, int32_t m) {
   return n == m ? 0 : m == 4 ? 2 : m == 8 ? 3 : m == 16 ? 4 : 5;
 }
 
+// Even for every number of bits there is: a pair of slots lies in one chunk.
 constexpr int chunk_slots(int32_t bits) { return bits == 0 ? 16 : 32 / bits; }
 
 constexpr int64_t chunk_index_bytes(int32_t bits) { return bits == 0 ? 0 : kBlockRows * 4; }

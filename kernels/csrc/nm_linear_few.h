@@ -58,7 +58,7 @@ template <class Isa, class Weight, int kBits, int kTokens>
     const Weight* values = reinterpret_cast<const Weight*>(chunk + chunk_index_bytes(kBits));
     for_slots<Isa, kSlots>([&](int j) {
       Vec w[kVectors];
-      Isa::load_slot(values + j * kBlockRows, w);
+      Isa::load_slot(values, j, w);
       prefetch(values, j);
       const float* group = x + bases[j];
 #pragma GCC unroll 8

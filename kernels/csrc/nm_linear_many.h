@@ -52,7 +52,7 @@ template <class Isa, class Weight, int kBits>
     const Weight* values = reinterpret_cast<const Weight*>(chunk + chunk_index_bytes(kBits));
     for_slots<Isa, kSlots>([&](int j) {
       typename Isa::Vec w[kVectors];
-      Isa::load_slot(values + j * kBlockRows, w);
+      Isa::load_slot(values, j, w);
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
         Isa::template store_entries<kBits>(&entries[v * Isa::kLanes].weight, w[v], indices[v], j, bases[j] - first);

@@ -60,24 +60,22 @@ struct Avx2 {
     indices[1] = load256(p + 32);
   }
 
-  // The values of a slot, rows 0 to 7 and 8 to 15.
-  static void load_slot(const float* p, Vec (&w)[kVectors]) {
-    w[0] = load(p);
-    w[1] = load(p + kLanes);
+  // Slot j of a chunk's values, rows 0 to 7 and 8 to 15.
+  static void load_slot(const float* p, int j, Vec (&w)[kVectors]) {
+    w[0] = load(p + j * kBlockRows);
+    w[1] = load(p + j * kBlockRows + kLanes);
   }
-  static void load_slot(const F16* p, Vec (&w)[kVectors]) {
-    w[0] = load(p);
-    w[1] = load(p + kLanes);
+  static void load_slot(const F16* p, int j, Vec (&w)[kVectors]) {
+    w[0] = load(p + j * kBlockRows);
+    w[1] = load(p + j * kBlockRows + kLanes);
   }
-  // A bfloat16 is the upper half of a float32, and rows are ordered for this.
-  static void load_slot(const BF16* p, Vec (&w)[kVectors]) {
-    const __m256i words = load256(p);
-    w[0] = _mm256_castsi256_ps(_mm256_slli_epi32(words, 16));
-    w[1] = _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(static_cast<int>(0xffff0000))));
+  static void load_slot(const BF16* p, int j, Vec (&w)[kVectors]) {
+    w[0] = half_of_pairs(p + j / 2 * 2 * kBlockRows, j % 2);
+    w[1] = half_of_pairs(p + j / 2 * 2 * kBlockRows + kBlockRows, j % 2);
   }
-  static void load_slot(const int8_t* p, Vec (&w)[kVectors]) {
-    w[0] = from_bytes(p);
-    w[1] = from_bytes(p + kLanes);
+  static void load_slot(const int8_t* p, int j, Vec (&w)[kVectors]) {
+    w[0] = from_bytes(p + j * kBlockRows);
+    w[1] = from_bytes(p + j * kBlockRows + kLanes);
   }
 
   // Each lane's own of a group's activations: by index j of its row, or the only one. A permute ignores the bits above
@@ -125,6 +123,13 @@ struct Avx2 {
 
   static Vec from_bf16(__m128i words) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(words), 16));
+  }
+  // A bfloat16 is the upper half of a float32.
+  static Vec half_of_pairs(const BF16* p, int half) {
+    const __m256i pairs = load256(p);
+    return _mm256_castsi256_ps(
+        half == 0 ? _mm256_slli_epi32(pairs, 16)
+                  : _mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000))));
   }
   static Vec from_bytes(const int8_t* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));

@@ -52,17 +52,19 @@ struct Avx512 {
 
   static void load_indices(const uint8_t* p, Indices (&indices)[kVectors]) { indices[0] = _mm512_loadu_si512(p); }
 
-  static void load_slot(const float* p, Vec (&w)[kVectors]) { w[0] = load(p); }
-  static void load_slot(const F16* p, Vec (&w)[kVectors]) { w[0] = load(p); }
-  // A bfloat16 is the upper half of a float32: the even words are rows 0 to 7, the odd ones 8 to 15.
-  static void load_slot(const BF16* p, Vec (&w)[kVectors]) {
-    const __m256i words = load256(p);
-    const __m256i low = _mm256_slli_epi32(words, 16);
-    const __m256i high = _mm256_and_si256(words, _mm256_set1_epi32(static_cast<int>(0xffff0000)));
-    w[0] = _mm512_castsi512_ps(_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
+  // Slot j of a chunk's values.
+  static void load_slot(const float* p, int j, Vec (&w)[kVectors]) { w[0] = load(p + j * kBlockRows); }
+  static void load_slot(const F16* p, int j, Vec (&w)[kVectors]) { w[0] = load(p + j * kBlockRows); }
+  // A bfloat16 is the upper half of a float32.
+  static void load_slot(const BF16* p, int j, Vec (&w)[kVectors]) {
+    const __m512i pairs = _mm512_loadu_si512(p + j / 2 * 2 * kBlockRows);
+    const __m512i bits = j % 2 == 0 ? _mm512_slli_epi32(pairs, 16)
+                                    : _mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000)));
+    w[0] = _mm512_castsi512_ps(bits);
   }
-  static void load_slot(const int8_t* p, Vec (&w)[kVectors]) {
-    w[0] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  static void load_slot(const int8_t* p, int j, Vec (&w)[kVectors]) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + j * kBlockRows));
+    w[0] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
   }
 
   // Each lane's own of a group's activations: by index j of its row, or the only one. A permute ignores the bits above

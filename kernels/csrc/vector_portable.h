@@ -46,13 +46,13 @@ struct Portable {
   static void load_indices(const uint8_t* p, Indices (&indices)[kVectors]) { memcpy(indices, p, sizeof indices); }
 
   template <class Element>
-  static void load_slot(const Element* p, Vec (&w)[kVectors]) {
-    for (int v = 0; v < kVectors; ++v) w[v] = load(p + v * kLanes);
+  static void load_slot(const Element* p, int j, Vec (&w)[kVectors]) {
+    for (int v = 0; v < kVectors; ++v) w[v] = load(p + j * kBlockRows + v * kLanes);
   }
-  static void load_slot(const BF16* p, Vec (&w)[kVectors]) {
-    for (int v = 0; v < kVectors / 2; ++v, p += 2 * kLanes) {
+  static void load_slot(const BF16* p, int j, Vec (&w)[kVectors]) {
+    p += j / 2 * 2 * kBlockRows + j % 2;
+    for (int v = 0; v < kVectors; ++v, p += 2 * kLanes) {
       w[v] = Vec{to_float(p[0]), to_float(p[2]), to_float(p[4]), to_float(p[6])};
-      w[v + kVectors / 2] = Vec{to_float(p[1]), to_float(p[3]), to_float(p[5]), to_float(p[7])};
     }
   }
 

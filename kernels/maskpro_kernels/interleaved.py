@@ -92,11 +92,9 @@ def packed_again(weight: InterleavedWeight) -> NMWeight:
     kept = pattern.kept(columns)
     chunks = (kept + slots - 1) // slots
     stored = weight.data.reshape(-1, chunks, index_bytes + slots * _ROWS * weight.dtype.itemsize)
-    lanes = torch.arange(_ROWS)
-    if weight.dtype == torch.bfloat16:
-        lanes = torch.where(lanes < _ROWS // 2, 2 * lanes, 2 * lanes - _ROWS + 1)
-    dealt = stored[:, :, index_bytes:].contiguous().view(weight.dtype).reshape(-1, chunks, slots, _ROWS)[..., lanes]
-    values = dealt.permute(0, 3, 1, 2).reshape(-1, chunks * slots)[:rows, :kept].contiguous()
+    pair = 2 if weight.dtype == torch.bfloat16 else 1
+    dealt = stored[:, :, index_bytes:].contiguous().view(weight.dtype).reshape(-1, chunks, slots // pair, _ROWS, pair)
+    values = dealt.permute(0, 3, 1, 2, 4).reshape(-1, chunks * slots)[:rows, :kept].contiguous()
     mask = torch.ones if index_bits == 0 else torch.zeros
     bits = mask((rows, columns), dtype=torch.bool)
     if index_bits:
