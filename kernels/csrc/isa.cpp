@@ -18,6 +18,8 @@ bool isa_available(int32_t isa) {
              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
              __builtin_cpu_supports("avx512vl");
 #endif
+    case MASKPRO_AVX512_BF16:
+      return isa_available(MASKPRO_AVX512) && __builtin_cpu_supports("avx512bf16");
     default:
       return false;
   }
@@ -26,5 +28,16 @@ bool isa_available(int32_t isa) {
 }  // namespace maskpro
 
 int32_t maskpro_abi_version(void) { return MASKPRO_ABI_VERSION; }
+
+int32_t maskpro_fastest_isa(void) {
+  int32_t isa = MASKPRO_AVX512_BF16;
+  while (!maskpro::isa_available(isa)) --isa;
+#ifdef MASKPRO_X86_64
+  // AMD's cores start as many products of pairs a cycle as float32 multiply-adds. On an Intel Xeon without AMX, oneDNN's
+  // bfloat16 product took 1.9 times as long as its float32 one (docs/results/nm_linear_avx512.json, 1024 tokens).
+  if (isa == MASKPRO_AVX512_BF16 && !__builtin_cpu_is("amd")) isa = MASKPRO_AVX512;
+#endif
+  return isa;
+}
 
 int32_t maskpro_isa_available(int32_t isa) { return maskpro::isa_available(isa) ? 1 : 0; }

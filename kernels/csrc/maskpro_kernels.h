@@ -16,12 +16,12 @@ extern "C" {
 #endif
 
 // Raised with every incompatible change of this header; the Python loader checks it.
-#define MASKPRO_ABI_VERSION 5
+#define MASKPRO_ABI_VERSION 6
 
 enum maskpro_dtype { MASKPRO_F32 = 0, MASKPRO_BF16 = 1, MASKPRO_F16 = 2, MASKPRO_I8 = 3 };
 
-// Numbered by preference.
-enum maskpro_isa { MASKPRO_PORTABLE = 0, MASKPRO_AVX2 = 1, MASKPRO_AVX512 = 2 };
+// Each includes those before it.
+enum maskpro_isa { MASKPRO_PORTABLE = 0, MASKPRO_AVX2 = 1, MASKPRO_AVX512 = 2, MASKPRO_AVX512_BF16 = 3 };
 
 enum maskpro_status {
   MASKPRO_OK = 0,
@@ -34,6 +34,9 @@ MASKPRO_API int32_t maskpro_abi_version(void);
 
 // 1 if the instruction set was compiled in and this machine runs it, else 0.
 MASKPRO_API int32_t maskpro_isa_available(int32_t isa);
+
+// The available one whose kernels are fastest on this machine.
+MASKPRO_API int32_t maskpro_fastest_isa(void);
 
 // Bytes of an (n:m)-sparse weight in the order that maskpro_nm_linear reads (interleaved.h); -1 for an impossible one.
 // m is 4, 8, 16 or 32 and divides in_features.
@@ -60,8 +63,8 @@ MASKPRO_API int32_t maskpro_interleave(void* weight, const void* values, const u
 //   scale   [out_features] float32, or NULL for ones: a weight is its value times its row's scale
 //   bias    [out_features] bias_dtype, or NULL
 //
-// Sums are float32, rounded once to act_dtype, which like bias_dtype is no integer. Reentrant: any number of threads may
-// call at once.
+// Sums are float32, rounded once to act_dtype, which like bias_dtype is no integer. With MASKPRO_AVX512_BF16, subnormal
+// bfloat16 activations and weights may count as zero. Reentrant: any number of threads may call at once.
 //
 // Reads the weight once for up to a few tokens. Returns a maskpro_status; on anything but MASKPRO_OK, y is untouched.
 MASKPRO_API int32_t maskpro_nm_linear(void* y, const void* x, const void* weight, const float* scale, const void* bias,

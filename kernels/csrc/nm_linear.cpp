@@ -53,6 +53,8 @@ int32_t maskpro_nm_linear(void* y, const void* x, const void* weight, const floa
   if (tokens == 0 || out_features == 0) return MASKPRO_OK;
   switch (isa) {
 #ifdef MASKPRO_X86_64
+    case MASKPRO_AVX512_BF16:
+      return maskpro::nm_linear_avx512_bf16(call);
     case MASKPRO_AVX512:
       return maskpro::nm_linear_avx512(call);
     case MASKPRO_AVX2:

@@ -13,23 +13,14 @@
 #include "interleaved.h"
 #include "maskpro_kernels.h"
 #include "nm_linear.h"
+#include "nm_linear_pairs.h"
+#include "prefetch.h"
 #include "scratch.h"
 
 namespace maskpro {
 
 // Chunks that several tiles of tokens read in turn: with their activations, they stay in L1 (2:4 bfloat16: 7 KiB).
 constexpr int64_t kPieceChunks = 12;
-
-constexpr int64_t kPrefetchBytes = 4096;
-
-// The hardware runs ahead of a stream, but stops where a page ends: fetches the lines of slot j, some chunks ahead. (A
-// prefetch past the end of a buffer is no access.)
-template <class Weight>
-[[gnu::always_inline]] inline void prefetch(const Weight* values, int j) {
-  constexpr int64_t kSlotBytes = kBlockRows * sizeof(Weight);
-  const uint8_t* ahead = reinterpret_cast<const uint8_t*>(values) + kPrefetchBytes;
-  if (j * kSlotBytes % 64 < kSlotBytes) __builtin_prefetch(ahead + j * kSlotBytes);
-}
 
 // sums[t][row] += rows . x[t] over some chunks of a block. All tokens use a weight once it is in registers; every
 // group of activations is loaded once for sixteen rows.
@@ -87,13 +78,13 @@ class FewTokens {
 
   int32_t operator()() {
     const int64_t slots = sizes_.chunks * kSlots;
-    const int64_t x_floats = kConvert ? call_.tokens * x_stride() : 0;
+    const int64_t x_floats = kConvert ? call_.tokens * x_stride() * sizeof(Element) / sizeof(float) : 0;
     const int64_t sums_floats = call_.tokens * kBlockRows;
     float* scratch = thread_scratch(slots + x_floats + call_.threads * sums_floats);
     if (scratch == nullptr) return MASKPRO_NO_MEMORY;
     int32_t* bases = reinterpret_cast<int32_t*>(scratch);
     write_bases<Isa>(call_, slots, bases);
-    const float* x = convert_x(scratch + slots);
+    const Element* x = convert_x(scratch + slots);
 #pragma omp parallel num_threads(call_.threads)
     {
       // The runtime may grant fewer threads than asked.
@@ -114,25 +105,36 @@ class FewTokens {
  private:
   static constexpr int kSlots = chunk_slots(kBits);
   static constexpr int64_t kChunkBytes = chunk_bytes(kBits, sizeof(Weight));
-  static constexpr bool kConvert = !std::is_same<Act, float>::value;
+  // What activations are multiplied as.
+  using Element = std::conditional_t<Isa::kPairs, BF16, float>;
+  static constexpr bool kConvert = Isa::kPairs || !std::is_same<Act, float>::value;
 
-  // Floats between tokens; converted ones are whole vectors.
+  // Elements between tokens; converted ones are whole vectors.
   int64_t x_stride() const {
+    if constexpr (Isa::kPairs) {  // a cache line more, or all tokens would fall into the same L1 sets
+      return (call_.in_features + 31) / 32 * 32 + Isa::kReadAhead;
+    }
     return kConvert ? (call_.in_features + Isa::kLanes - 1) / Isa::kLanes * Isa::kLanes : call_.in_features;
   }
 
-  const float* convert_x(float* to) const {
+  const Element* convert_x(float* to) const {
     if constexpr (!kConvert) {
       return static_cast<const float*>(call_.x);
     } else {  // faster than threads meet at a barrier
+      Element* elements = reinterpret_cast<Element*>(to);
       for (int64_t t = 0; t < call_.tokens; ++t) {
-        convert<Isa>(static_cast<const Act*>(call_.x) + t * call_.in_features, call_.in_features, to + t * x_stride());
+        const Act* from = static_cast<const Act*>(call_.x) + t * call_.in_features;
+        if constexpr (Isa::kPairs) {
+          memcpy(elements + t * x_stride(), from, static_cast<size_t>(call_.in_features) * sizeof(Act));
+        } else {
+          convert<Isa>(from, call_.in_features, elements + t * x_stride());
+        }
       }
-      return to;
+      return elements;
     }
   }
 
-  void multiply(const uint8_t* block, const int32_t* bases, const float* x, float* sums) const {
+  void multiply(const uint8_t* block, const int32_t* bases, const Element* x, float* sums) const {
     const int64_t most = call_.tokens > Isa::kTileTokens ? kPieceChunks : sizes_.chunks;
     for (int64_t chunk = 0; chunk < sizes_.chunks; chunk += most) {
       const int64_t rest = sizes_.chunks - chunk;
@@ -146,12 +148,16 @@ class FewTokens {
 
   // Finds the tile of min(tokens, kTokens) tokens.
   template <int kTokens>
-  void multiply_some(int64_t tokens, const uint8_t* chunk, int64_t chunks, const int32_t* bases, const float* x,
+  void multiply_some(int64_t tokens, const uint8_t* chunk, int64_t chunks, const int32_t* bases, const Element* x,
                      float* sums) const {
     if constexpr (kTokens > 1) {
       if (tokens < kTokens) return multiply_some<kTokens - 1>(tokens, chunk, chunks, bases, x, sums);
     }
-    multiply_block<Isa, Weight, kBits, kTokens>(chunk, chunks, bases, x, x_stride(), sums);
+    if constexpr (Isa::kPairs) {
+      multiply_block_of_pairs<Isa, kBits, kTokens>(chunk, chunks, bases, x, x_stride(), sums);
+    } else {
+      multiply_block<Isa, Weight, kBits, kTokens>(chunk, chunks, bases, x, x_stride(), sums);
+    }
   }
 
   const NMLinear& call_;

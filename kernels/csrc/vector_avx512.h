@@ -19,6 +19,7 @@ struct Avx512 {
   static constexpr int64_t few_tokens(int32_t bits) {
     return bits == 0 ? 32 : bits == 2 ? 16 : bits == 3 ? 16 : bits == 4 ? 16 : 8;
   }
+  static constexpr bool kPairs = false;  // nm_linear_pairs.h
   static constexpr bool kUnrollSlots = true;
   static constexpr int kColumnShift = 8;  // nm_linear_many.h: a column of a tile is 4 vectors
 

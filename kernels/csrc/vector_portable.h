@@ -18,6 +18,7 @@ struct Portable {
   static constexpr int64_t few_tokens(int32_t bits) {
     return bits == 0 ? 8 : bits == 2 ? 4 : bits == 3 ? 4 : bits == 4 ? 4 : 4;
   }
+  static constexpr bool kPairs = false;  // nm_linear_pairs.h
   static constexpr bool kUnrollSlots = false;
   static constexpr int kColumnShift = 6;  // nm_linear_many.h: a column of a tile is 4 vectors
 

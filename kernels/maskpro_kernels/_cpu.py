@@ -17,10 +17,10 @@ from torch import Tensor
 
 from maskpro_kernels.errors import NativeLibraryError
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 LIBRARY_NAME = "libmaskpro_kernels.so"
 
-ISA_CODES = {"portable": 0, "avx2": 1, "avx512": 2}
+ISA_CODES = {"portable": 0, "avx2": 1, "avx512": 2, "avx512-bf16": 3}
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 _STATUS = {1: "bad argument", 2: "instruction set not available", 3: "out of memory"}
 
@@ -92,6 +92,8 @@ def library() -> ctypes.CDLL:
     i32, i64, pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
     lib.maskpro_isa_available.argtypes = [i32]
     lib.maskpro_isa_available.restype = i32
+    lib.maskpro_fastest_isa.argtypes = []
+    lib.maskpro_fastest_isa.restype = i32
     lib.maskpro_interleaved_bytes.argtypes = [i64, i64, i32, i32, i32]
     lib.maskpro_interleaved_bytes.restype = i64
     lib.maskpro_interleave.argtypes = [pointer] * 3 + [i64, i64] + [i32] * 4
@@ -116,9 +118,12 @@ def library() -> ctypes.CDLL:
 
 @functools.cache
 def available_isas() -> tuple[str, ...]:
-    """Instruction sets this build and this machine both have, best first."""
+    """Instruction sets this build and this machine both have, the fastest first."""
     lib = library()
-    return tuple(isa for isa, code in reversed(ISA_CODES.items()) if lib.maskpro_isa_available(code))
+    fastest = lib.maskpro_fastest_isa()
+    codes = sorted(ISA_CODES.values(), key=lambda code: (code == fastest, code), reverse=True)
+    names = {code: isa for isa, code in ISA_CODES.items()}
+    return tuple(names[code] for code in codes if lib.maskpro_isa_available(code))
 
 
 def interleaved_bytes(in_features: int, out_features: int, n: int, m: int, dtype: torch.dtype) -> int:

@@ -124,8 +124,10 @@ _KEPT = (*WEIGHT_DTYPES, torch.int8)
 _KEPT_ON_GPU = (*WEIGHT_DTYPES, *EIGHT_BITS)
 _TWO_OF_FOUR = (NMPattern(2, 4),)
 
-# In order of preference; on a GPU they compete instead (cuda/tuning.py), and the first is what needs no measurement.
+# In order of preference, but that the fastest instruction set of this CPU comes first (_cpu.available_isas). On a GPU
+# they compete instead (cuda/tuning.py), and the first is what needs no measurement.
 BACKENDS = (
+    Backend("cpu-avx512-bf16", ("cpu",), _FLOATS, _KEPT, isa="avx512-bf16"),
     Backend("cpu-avx512", ("cpu",), _FLOATS, _KEPT, isa="avx512"),
     Backend("cpu-avx2", ("cpu",), _FLOATS, _KEPT, isa="avx2"),
     Backend("cpu-portable", ("cpu",), _FLOATS, _KEPT, isa="portable"),
@@ -210,4 +212,8 @@ def _candidates(
             f"no kernel for pattern {pattern}, activations {activation}, weights {weight} on {device} "
             f"({ENVIRONMENT_VARIABLE}={request}): {'; '.join(reasons)}"
         )
-    return tuple(found)
+    return tuple(sorted(found, key=_is_slower_isa))
+
+
+def _is_slower_isa(backend: Backend) -> bool:
+    return backend.isa is not None and backend.isa != _cpu.available_isas()[0]

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from maskpro_kernels import NMPattern, _cpu, pack, to_int8
 from maskpro_kernels.interleaved import interleave
 
-ISAS = ("avx512", "avx2", "portable")
+ISAS = ("avx512-bf16", "avx512", "avx2", "portable")
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 OK, BAD_ARGUMENT, NO_ISA = 0, 1, 2
@@ -129,7 +129,7 @@ def test_impossible_arguments_leave_the_output_untouched(changes):
     assert torch.isnan(y).all()
 
 
-@pytest.mark.parametrize("isa", [-1, 3])
+@pytest.mark.parametrize("isa", [-1, 4])
 def test_unknown_instruction_set(isa):
     status, y = call(isa=isa)
     assert status == NO_ISA
@@ -160,6 +160,27 @@ def test_every_half_precision_value_is_read_and_written_exactly(isa, dtype):
     order = _cpu.interleave(finite, ones, 4, 1, 4, 1)
     kept = run(torch.tensor([[1.0, 0, 0, 0]]), order, None, None, len(finite), 4, 1, 4, dtype, code)
     assert torch.equal(kept[0], finite[:, 0].float())
+
+
+@pytest.mark.parametrize("place", range(4))
+@pytest.mark.parametrize("tokens", [1, 5, 13, 40])
+def test_products_of_pairs_take_every_bfloat16_exactly_but_subnormals_for_zero(place, tokens):
+    if "avx512-bf16" not in _cpu.available_isas():
+        pytest.skip("this machine has no avx512-bf16")
+    patterns = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    finite = patterns[torch.isfinite(patterns)]
+    expected = torch.where(finite.abs() < torch.finfo(torch.bfloat16).smallest_normal, 0, finite)
+    run, code = torch.ops.maskpro.nm_linear_interleaved, _cpu.ISA_CODES["avx512-bf16"]
+    one = torch.zeros(1, 4).bfloat16()
+    one[0, place] = 1
+    x = torch.zeros(len(finite), 4).bfloat16()
+    x[:, place] = finite
+    order = interleave(pack(one, NMPattern(2, 4))).data
+    y = torch.cat([run(some, order, None, None, 1, 4, 2, 4, torch.bfloat16, code) for some in x.split(tokens)])
+    assert torch.equal(y[:, 0], expected)
+    order = interleave(pack(x, NMPattern(2, 4))).data
+    y = run(one.expand(tokens, 4), order, None, None, len(finite), 4, 2, 4, torch.bfloat16, code)
+    assert torch.equal(y, expected.expand(tokens, -1))
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -1,0 +1,51 @@
+// What nm_linear_few.h repeats where an instruction set multiplies pairs of bfloat16: a lane is two kept weights of a row.
+#ifndef MASKPRO_NM_LINEAR_PAIRS_H_
+#define MASKPRO_NM_LINEAR_PAIRS_H_
+
+#include <stdint.h>
+
+#include "element_types.h"
+#include "interleaved.h"
+#include "prefetch.h"
+
+namespace maskpro {
+
+// multiply_block() of pairs of slots, each of one group: n is even, or every column is kept.
+//
+//   x  [kTokens, in_features], rows x_stride apart; Isa::kReadAhead activations from a group's first on may be read
+template <class Isa, int kBits, int kTokens>
+[[gnu::noinline]] void multiply_block_of_pairs(const uint8_t* chunk, int64_t chunks, const int32_t* bases,
+                                               const BF16* x, int64_t x_stride, float* sums) {
+  constexpr int kSlots = chunk_slots(kBits);
+  using Vec = typename Isa::Vec;
+  Vec acc[kTokens];
+#pragma GCC unroll 16
+  for (int t = 0; t < kTokens; ++t) acc[t] = Isa::load(sums + t * kBlockRows);
+  for (int64_t c = 0; c < chunks; ++c) {
+    typename Isa::Indices indices[1] = {};
+    if constexpr (kBits > 0) {
+      Isa::load_indices(chunk, indices);
+      __builtin_prefetch(chunk + kPrefetchBytes);
+    }
+    const BF16* values = reinterpret_cast<const BF16*>(chunk + chunk_index_bytes(kBits));
+#pragma GCC unroll 16
+    for (int pair = 0; pair < kSlots / 2; ++pair) {
+      const auto w = Isa::load_pairs(values + 2 * pair * kBlockRows);
+      prefetch(values, 2 * pair);
+      const auto places = Isa::template places<kBits>(indices[0], pair);
+      const BF16* group = x + bases[2 * pair];
+#pragma GCC unroll 16
+      for (int t = 0; t < kTokens; ++t) {
+        acc[t] = Isa::dot(w, Isa::template pick_pairs<kBits>(group + t * x_stride, places), acc[t]);
+      }
+    }
+    chunk += chunk_bytes(kBits, sizeof(BF16));
+    bases += kSlots;
+  }
+#pragma GCC unroll 16
+  for (int t = 0; t < kTokens; ++t) Isa::store(sums + t * kBlockRows, acc[t]);
+}
+
+}  // namespace maskpro
+
+#endif  // MASKPRO_NM_LINEAR_PAIRS_H_

@@ -1,0 +1,55 @@
+// AVX-512 with products of bfloat16 pairs (AVX512_BF16): a lane of a register is a pair, two multiply-adds a lane.
+//
+// VDPBF16PS adds a.first * b.first and a.second * b.second to a float32: products are exact, each sum is rounded to
+// nearest even. It takes subnormal operands for zero, and flushes subnormal sums to it.
+#ifndef MASKPRO_VECTOR_AVX512_BF16_H_
+#define MASKPRO_VECTOR_AVX512_BF16_H_
+
+#include "vector_avx512.h"
+
+namespace maskpro {
+
+struct Avx512BF16 : Avx512 {
+  static constexpr int kTileTokens = 12;  // 12 of 32 registers hold sums
+
+  static constexpr bool kPairs = true;
+
+  using Pairs = __m512bh;
+
+  // acc + the sum of both products.
+  static Vec dot(Pairs a, Pairs b, Vec acc) { return _mm512_dpbf16_ps(acc, a, b); }
+
+  static Pairs load_pairs(const void* p) { return (__m512bh)_mm512_loadu_si512(p); }
+
+  // Where a group's own two of each lane lie: of the slots 2 * pair and 2 * pair + 1 of its row.
+  template <int kBits>
+  static __m512i places(Indices indices, int pair) {
+    const unsigned shift = static_cast<unsigned>(2 * pair * kBits);
+    const __m512i first = _mm512_srli_epi32(indices, shift);
+    const __m512i second = shift + kBits < 16 ? _mm512_slli_epi32(indices, 16 - shift - kBits)
+                                              : _mm512_srli_epi32(indices, shift + kBits - 16);
+    const __m512i both = _mm512_mask_blend_epi16(0xaaaaaaaa, first, second);
+    if constexpr (kBits == 2 || kBits == 5) return both;  // pick_pairs() ignores the bits above an index
+    return _mm512_and_si512(both, _mm512_set1_epi16((1 << kBits) - 1));
+  }
+
+  // Each lane's own two of a group's activations; reads kReadAhead of them.
+  template <int kBits>
+  static Pairs pick_pairs(const BF16* group, __m512i places) {
+    if constexpr (kBits == 0) {
+      int32_t pair;
+      memcpy(&pair, group, sizeof pair);
+      return (__m512bh)_mm512_set1_epi32(pair);
+    } else if constexpr (kBits == 2) {
+      const __m128i four = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(group));
+      return (__m512bh)_mm512_permutexvar_epi16(places, _mm512_broadcastq_epi64(four));
+    } else {
+      return (__m512bh)_mm512_permutexvar_epi16(places, _mm512_loadu_si512(group));
+    }
+  }
+  static constexpr int64_t kReadAhead = 32;
+};
+
+}  // namespace maskpro
+
+#endif  // MASKPRO_VECTOR_AVX512_BF16_H_
