@@ -49,6 +49,7 @@ class Row:
     shape: tuple[int, int]
     pattern: str
     weights: str
+    activations: str
     tokens: int
     weight_bytes: int
     gb_per_s: float
@@ -98,8 +99,8 @@ def peak_flops() -> float:
 
 
 def row(
-    shape: tuple[int, int], pattern: NMPattern, weights: str, tokens: int, nbytes: int, timings: dict[str, Timing],
-    bandwidth: Bandwidth, peak: float,
+    shape: tuple[int, int], pattern: NMPattern, weights: str, activations: str, tokens: int, nbytes: int,
+    timings: dict[str, Timing], bandwidth: Bandwidth, peak: float,
 ) -> Row:  # fmt: skip
     ours = timings[OURS].median
     torchs = [name for name in timings if name not in (OURS, OURS_DENSE)]
@@ -108,6 +109,7 @@ def row(
         shape=shape,
         pattern=str(pattern),
         weights=weights,
+        activations=activations,
         tokens=tokens,
         weight_bytes=nbytes,
         gb_per_s=nbytes / ours / 1e9,
@@ -148,6 +150,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--shapes", type=shape, nargs="+", default=[(4096, 4096), (11008, 4096), (4096, 11008)])
     parser.add_argument("--patterns", type=NMPattern.parse, nargs="+", default=[NMPattern(2, 4)])
     parser.add_argument("--weights", choices=["bfloat16", "float16", "float32", "int8"], default="bfloat16")
+    parser.add_argument(
+        "--activations", choices=["bfloat16", "float16", "float32"], default="float32", help="ours (default: float32)"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=4.0, help="per shape and number of tokens (default: 4)")
     parser.add_argument("--json", type=Path, help="also write everything here")
@@ -164,20 +169,21 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     machine = this_machine()
     weights: torch.dtype = getattr(torch, arguments.weights)
+    activations: torch.dtype = getattr(torch, arguments.activations)
     size = set_bytes(machine)
     bandwidth = read_bandwidth(size)
     peak = peak_flops()
     kernel = select_backend(arguments.patterns[0], torch.float32, weights, "cpu").name
     print(machine, bandwidth, f"torch float32 product: {peak / 1e9:.0f} GFLOP/s", sep="\n")
     print(
-        f"{kernel}, {arguments.weights}, float32 activations; every rival walks through copies of its weight that "
-        f"fill {size / 1e9:.2f} GB, {size / machine.last_level_cache:.1f} x the cache\n"
+        f"{kernel}, {arguments.weights}, {arguments.activations} activations; every rival walks through copies of its "
+        f"weight that fill {size / 1e9:.2f} GB, {size / machine.last_level_cache:.1f} x the cache\n"
     )
     print(HEADER)
     generator = torch.Generator().manual_seed(0)
     results = []
     for (rows, columns), pattern in itertools.product(arguments.shapes, arguments.patterns):
-        weight, found = rivals(rows, columns, pattern, weights, size, generator)
+        weight, found = rivals(rows, columns, pattern, weights, activations, size, generator)
         for tokens in arguments.tokens:
             x = torch.randn((tokens, columns), generator=generator)
             for rival in found:
@@ -185,7 +191,8 @@ def main() -> None:
             check(found[0], x, weight)
             timings = measure(found, x, arguments.seconds)
             nbytes = found[0].weight_bytes
-            results.append(row((rows, columns), pattern, arguments.weights, tokens, nbytes, timings, bandwidth, peak))
+            kind = (rows, columns), pattern, arguments.weights, arguments.activations
+            results.append(row(*kind, tokens, nbytes, timings, bandwidth, peak))
             print(line(results[-1]), flush=True)
     if arguments.json:
         report = {

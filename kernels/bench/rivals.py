@@ -34,9 +34,10 @@ class Rival:
 
 
 def rivals(
-    rows: int, columns: int, pattern: NMPattern, weight_dtype: torch.dtype, set_bytes: int, generator: torch.Generator
-) -> tuple[NMWeight, list[Rival]]:
-    """One random weight, and every way to multiply by it, ours first.
+    rows: int, columns: int, pattern: NMPattern, weight_dtype: torch.dtype, act_dtype: torch.dtype, set_bytes: int,
+    generator: torch.Generator,
+) -> tuple[NMWeight, list[Rival]]:  # fmt: skip
+    """One random weight, and every way to multiply by it, ours first, which takes activations of ``act_dtype``.
 
     Each way walks through enough copies of its weight to fill ``set_bytes``, so that none is found in a cache.
     """
@@ -44,8 +45,8 @@ def rivals(
     weight = to_int8(pack(dense, pattern)) if weight_dtype == torch.int8 else pack(dense.to(weight_dtype), pattern)
     dense = unpack(weight).float()
     found = [
-        _ours(OURS, interleave(weight), set_bytes),
-        _ours(OURS_DENSE, interleave_dense(dense.bfloat16()), set_bytes),
+        _ours(OURS, interleave(weight), act_dtype, set_bytes),
+        _ours(OURS_DENSE, interleave_dense(dense.bfloat16()), act_dtype, set_bytes),
     ]
     for dtype in (torch.float32, torch.bfloat16):
         found.append(_dense(dense.to(dtype), set_bytes))
@@ -83,11 +84,11 @@ def _copies(nbytes: int, set_bytes: int) -> int:
     return max(set_bytes // nbytes + 1, 2)
 
 
-def _ours(name: str, weight: InterleavedWeight, set_bytes: int) -> Rival:
+def _ours(name: str, weight: InterleavedWeight, act_dtype: torch.dtype, set_bytes: int) -> Rival:
     copies = [replace(weight, data=weight.data.clone()) for _ in range(_copies(weight.nbytes, set_bytes))]
     following: Iterator[InterleavedWeight] = itertools.cycle(copies)
     weight_dtype = torch.float32 if name == OURS else weight.dtype  # ours is exactly the weight
-    return Rival(name, torch.float32, weight_dtype, weight.nbytes, len(copies), lambda x: nm_linear(x, next(following)))
+    return Rival(name, act_dtype, weight_dtype, weight.nbytes, len(copies), lambda x: nm_linear(x, next(following)))
 
 
 def _dense(weight: Tensor, set_bytes: int) -> Rival:
