@@ -10,7 +10,7 @@
 namespace maskpro {
 
 struct Avx512BF16 : Avx512 {
-  static constexpr int kTileTokens = 12;  // 12 of 32 registers hold sums
+  static constexpr int kTileTokens = 16;  // 16 of 32 registers hold sums
 
   static constexpr bool kPairs = true;
 
