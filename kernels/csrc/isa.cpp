@@ -17,9 +17,9 @@ bool isa_available(int32_t isa) {
       return isa_available(MASKPRO_AVX2) && __builtin_cpu_supports("avx512f") &&
              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
              __builtin_cpu_supports("avx512vl");
-#endif
     case MASKPRO_AVX512_BF16:
       return isa_available(MASKPRO_AVX512) && __builtin_cpu_supports("avx512bf16");
+#endif
     default:
       return false;
   }
