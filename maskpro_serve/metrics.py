@@ -169,8 +169,13 @@ class LayerTally:
         """A layer of a mixture of experts exists; there is no sparse kernel for those."""
         self._experts += 1
 
+    @property
+    def complete(self) -> bool:
+        """Whether every layer that was created has been loaded."""
+        return self._waiting == 0
+
     def _report_last(self) -> None:
-        if self._waiting == 0:
+        if self.complete:
             self._report()
 
     def _report(self) -> None:

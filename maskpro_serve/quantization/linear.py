@@ -21,6 +21,7 @@ from maskpro_kernels.interleaved import interleave
 from maskpro_kernels.packing import WEIGHT_DTYPES
 from maskpro_kernels.support import select_backend
 from maskpro_serve.checkpoint import CheckpointError
+from maskpro_serve.freed_memory import return_freed_memory
 from maskpro_serve.quantization.loaded import loaded_dense, loaded_inputs, loaded_packed
 from maskpro_serve.quantization.params import register_parameters
 from maskpro_serve.scheme import LinearScheme
@@ -90,6 +91,8 @@ class NMLinearMethod(LinearMethodBase):
             self._stay_dense(layer)
         else:
             self._keep(layer, weight, inputs)
+        if self.config.tally.complete:
+            return_freed_memory()
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         pattern = layer.maskpro_pattern

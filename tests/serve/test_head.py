@@ -1,0 +1,63 @@
+"""Who multiplies the output head: our kernel where it is ahead, vLLM's method otherwise."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+from maskpro_serve.quantization import head
+
+pytestmark = pytest.mark.vllm
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+OUT, IN = 80, 64
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """A head after loading, for dtypes of activations and checkpoint."""
+
+    def load(activation, stored, weight=None):
+        model = SimpleNamespace(dtype=activation, hf_config=SimpleNamespace(dtype=stored))
+        monkeypatch.setattr(head, "get_current_vllm_config", lambda: SimpleNamespace(model_config=model))
+        if weight is None:
+            weight = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(0)).to(stored).to(activation)
+        layer = torch.nn.Module()
+        layer.weight = Parameter(weight, requires_grad=False)
+        method = head.HeadMethod()
+        method.process_weights_after_loading(layer)
+        return method, layer
+
+    return load
+
+
+@pytest.mark.parametrize(
+    ("activation", "stored", "most"),
+    [(F32, BF16, 32), (F32, F16, 32), (F32, F32, 0), (F16, F16, 0), (BF16, F16, 0), (BF16, BF16, 0)],
+    ids=str,
+)
+def test_few_rows_are_ours_and_both_give_the_product(loaded, activation, stored, most):
+    method, layer = loaded(activation, stored)
+    assert hasattr(layer, "maskpro_head") == (most > 0)
+    inputs = [torch.randn(rows, IN).to(activation) for rows in (1, 2, 3, 32, 33)]
+    for x in inputs:
+        product = x.double() @ layer.weight.double().T
+        found = method.apply(layer, x)
+        assert found.dtype == activation
+        torch.testing.assert_close(found.double(), product, rtol=2**-7 if activation == BF16 else 2**-9, atol=2**-8)
+    if most:
+        layer.maskpro_head.data.zero_()  # now our kernel's answer shows
+        assert [len(x) for x in inputs if not method.apply(layer, x).any()] == [1, 2, 3, most]
+
+
+def test_a_head_of_more_bits_than_the_checkpoint_says_stays_whole(loaded):
+    _, layer = loaded(F32, BF16, torch.full((OUT, IN), 1 + 2**-12))
+    assert not hasattr(layer, "maskpro_head")
+
+
+def test_the_reference_has_no_order_for_it(loaded, monkeypatch):
+    monkeypatch.setenv("MASKPRO_KERNEL", "reference")
+    assert not hasattr(loaded(F32, BF16)[1], "maskpro_head")
