@@ -1,11 +1,12 @@
-"""Writes a Llama of 1.1B shape with random weights, dense and packed 2:4, to measure what weights of that size cost.
+"""Writes a Llama with random weights, dense and packed 2:4, to measure what weights of its size cost.
 
-    python loadtests/random_llama.py [--output FOLDER]
-    make loadtest ARGS="--model-a FOLDER/sparse --model-b FOLDER/dense --output build/loadtest-1b"
+    python loadtests/random_llama.py [--shape 7b] [--output FOLDER]
+    make loadtest ARGS="--model-a FOLDER/sparse --model-b FOLDER/dense --output build/loadtest-1.1b"
+    python loadtests/footprint.py FOLDER/sparse FOLDER/dense
 
-Hidden 2048, intermediate 5632, 22 layers, 32 heads, 4 of them for keys and values, 32,000 tokens: TinyLlama's shape.
-The tokenizer is SmolLM2's cut to its first 32,000 entries, which is a tokenizer too: the merges of a byte-level BPE are
-in the order in which they were learned.
+1.1b has TinyLlama's shape, 7b LLaMA-2-7B's. The tokenizer is SmolLM2's cut to its first 32,000 entries, which is a
+tokenizer too: the merges of a byte-level BPE are in the order in which they were learned. 7b takes 14 GB of memory and
+22 GB of disk to write.
 """
 
 from __future__ import annotations
@@ -24,25 +25,32 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCABULARY = 32_000
-SHAPE = {
-    "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
-    "num_key_value_heads": 4, "vocab_size": VOCABULARY, "max_position_embeddings": 2048, "tie_word_embeddings": False,
+SHAPES: dict[str, dict[str, Any]] = {
+    "1.1b": {
+        "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+    },
+    "7b": {
+        "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+    },
 }  # fmt: skip
 
 
-def write_dense(folder: Path, shape: dict[str, Any] = SHAPE, seed: int = 0) -> None:
+def write_dense(folder: Path, shape: str, seed: int = 0) -> None:
     """Writes the dense model in bfloat16, whole or not at all.
 
     Args:
         folder: to write; must not exist.
-        shape: arguments of LlamaConfig.
+        shape: one of SHAPES.
         seed: of the weights, normal with transformers' deviation of 0.02.
     """
-    tokenizer = cut_tokenizer(shape["vocab_size"])
+    tokenizer = cut_tokenizer(VOCABULARY)
     torch.manual_seed(seed)
     config = LlamaConfig(
-        **shape, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, dtype=torch.bfloat16
-    )
+        **SHAPES[shape], vocab_size=VOCABULARY, max_position_embeddings=2048, tie_word_embeddings=False,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, dtype=torch.bfloat16,
+    )  # fmt: skip
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -92,12 +100,12 @@ def pack(dense: Path, sparse: Path) -> None:
 def main() -> None:
     cache = os.environ.get("MASKPRO_CACHE") or Path.home() / ".cache" / "maskpro-serve"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--output", type=Path, default=Path(cache) / "random-1.1b", help="folder for dense/ and sparse/"
-    )
-    folder: Path = parser.parse_args().output
+    parser.add_argument("--shape", choices=SHAPES, default="1.1b", help="(default 1.1b)")
+    parser.add_argument("--output", type=Path, help="folder for dense/ and sparse/ (default random-SHAPE in the cache)")
+    arguments = parser.parse_args()
+    folder: Path = arguments.output or Path(cache) / f"random-{arguments.shape}"
     if not (folder / "dense").is_dir():
-        write_dense(folder / "dense")
+        write_dense(folder / "dense", arguments.shape)
     if not (folder / "sparse").is_dir():
         pack(folder / "dense", folder / "sparse")
     print(f"--model-a {folder / 'sparse'} --model-b {folder / 'dense'}")

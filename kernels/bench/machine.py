@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from maskpro_kernels import _cpu
 
 _CACHE = Path("/sys/devices/system/cpu/cpu0/cache")
+_TUNABLES = "GLIBC_TUNABLES"
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
@@ -27,6 +29,7 @@ class Machine:
     memory_available: int
     torch: str
     dense_isa: str
+    glibc_tunables: str
 
     def __str__(self) -> str:
         return (
@@ -34,6 +37,13 @@ class Machine:
             f"{self.last_level_cache / 2**20:.0f} MiB; our ISAs: {', '.join(self.isas)}; "
             f"torch {self.torch} ({self.dense_isa})"
         )
+
+
+def with_large_pages() -> None:
+    """Starts this program anew under the setting ``maskpro-serve`` makes, unless there is one: every rival's weights
+    then lie in large pages, where ours ask for them anyhow."""
+    if not os.environ.get(_TUNABLES):
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {_TUNABLES: "glibc.malloc.hugetlb=1"})
 
 
 def this_machine() -> Machine:
@@ -46,6 +56,7 @@ def this_machine() -> Machine:
         memory_available=int(_field("/proc/meminfo", "MemAvailable").split()[0]) * 1024,
         torch=torch.__version__,
         dense_isa=torch.backends.cpu.get_cpu_capability(),
+        glibc_tunables=os.environ.get(_TUNABLES, ""),
     )
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from bandwidth import Bandwidth, read_bandwidth
-from machine import Machine, this_machine
+from machine import Machine, this_machine, with_large_pages
 from rivals import OURS, OURS_DENSE, Rival, check, rivals
 
 from maskpro_kernels import NMPattern
@@ -166,6 +166,7 @@ def set_bytes(machine: Machine) -> int:
 
 def main() -> None:
     arguments = parse_arguments()
+    with_large_pages()
     torch.set_num_threads(arguments.threads)
     machine = this_machine()
     weights: torch.dtype = getattr(torch, arguments.weights)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -45,8 +45,8 @@ def rivals(
     weight = to_int8(pack(dense, pattern)) if weight_dtype == torch.int8 else pack(dense.to(weight_dtype), pattern)
     dense = unpack(weight).float()
     found = [
-        _ours(OURS, interleave(weight), act_dtype, set_bytes),
-        _ours(OURS_DENSE, interleave_dense(dense.bfloat16()), act_dtype, set_bytes),
+        _ours(OURS, lambda: interleave(weight), act_dtype, set_bytes),
+        _ours(OURS_DENSE, lambda: interleave_dense(dense.bfloat16()), act_dtype, set_bytes),
     ]
     for dtype in (torch.float32, torch.bfloat16):
         found.append(_dense(dense.to(dtype), set_bytes))
@@ -84,8 +84,9 @@ def _copies(nbytes: int, set_bytes: int) -> int:
     return max(set_bytes // nbytes + 1, 2)
 
 
-def _ours(name: str, weight: InterleavedWeight, act_dtype: torch.dtype, set_bytes: int) -> Rival:
-    copies = [replace(weight, data=weight.data.clone()) for _ in range(_copies(weight.nbytes, set_bytes))]
+def _ours(name: str, load: Callable[[], InterleavedWeight], act_dtype: torch.dtype, set_bytes: int) -> Rival:
+    weight = load()
+    copies = [weight, *(load() for _ in range(_copies(weight.nbytes, set_bytes) - 1))]
     following: Iterator[InterleavedWeight] = itertools.cycle(copies)
     weight_dtype = torch.float32 if name == OURS else weight.dtype  # ours is exactly the weight
     return Rival(name, act_dtype, weight_dtype, weight.nbytes, len(copies), lambda x: nm_linear(x, next(following)))

