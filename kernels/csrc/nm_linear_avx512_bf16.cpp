@@ -7,23 +7,19 @@ namespace {
 // Tokens whose activations stay in L2 while all rows are multiplied.
 constexpr int64_t kPassTokens = 128;
 
-template <int kBits>
-int32_t run(const NMLinear& call) {
-  return FewTokens<Avx512BF16, BF16, BF16, kBits>(call)();
-}
-
+template <class Weight>
 int32_t run_pass(const NMLinear& call) {
   switch (index_bits(call.n, call.m)) {
     case 0:
-      return run<0>(call);
+      return FewTokens<Avx512BF16, Weight, BF16, 0>(call)();
     case 2:
-      return run<2>(call);
+      return FewTokens<Avx512BF16, Weight, BF16, 2>(call)();
     case 3:
-      return run<3>(call);
+      return FewTokens<Avx512BF16, Weight, BF16, 3>(call)();
     case 4:
-      return run<4>(call);
+      return FewTokens<Avx512BF16, Weight, BF16, 4>(call)();
     default:
-      return run<5>(call);
+      return FewTokens<Avx512BF16, Weight, BF16, 5>(call)();
   }
 }
 
@@ -31,15 +27,16 @@ int32_t run_pass(const NMLinear& call) {
 
 int32_t nm_linear_avx512_bf16(const NMLinear& call) {
   // Two kept weights of a row make a pair only where both are of one group.
-  const bool pairs = call.n % 2 == 0 && call.weight_dtype == MASKPRO_BF16 && call.act_dtype == MASKPRO_BF16;
-  if (!pairs) return nm_linear_avx512(call);
+  const bool pairs = call.n % 2 == 0 && call.act_dtype == MASKPRO_BF16;
+  const bool int8 = call.weight_dtype == MASKPRO_I8;
+  if (!pairs || (call.weight_dtype != MASKPRO_BF16 && !int8)) return nm_linear_avx512(call);
   NMLinear pass = call;
   for (int64_t token = 0; token < call.tokens; token += kPassTokens) {
     const int64_t rest = call.tokens - token;
     pass.tokens = rest < kPassTokens ? rest : kPassTokens;
     pass.x = static_cast<const BF16*>(call.x) + token * call.in_features;
     pass.y = static_cast<BF16*>(call.y) + token * call.out_features;
-    const int32_t status = run_pass(pass);
+    const int32_t status = int8 ? run_pass<int8_t>(pass) : run_pass<BF16>(pass);
     if (status != MASKPRO_OK) return status;
   }
   return MASKPRO_OK;

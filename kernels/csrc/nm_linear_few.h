@@ -154,7 +154,7 @@ class FewTokens {
       if (tokens < kTokens) return multiply_some<kTokens - 1>(tokens, chunk, chunks, bases, x, sums);
     }
     if constexpr (Isa::kPairs) {
-      multiply_block_of_pairs<Isa, kBits, kTokens>(chunk, chunks, bases, x, x_stride(), sums);
+      multiply_block_of_pairs<Isa, Weight, kBits, kTokens>(chunk, chunks, bases, x, x_stride(), sums);
     } else {
       multiply_block<Isa, Weight, kBits, kTokens>(chunk, chunks, bases, x, x_stride(), sums);
     }

@@ -1,4 +1,5 @@
-// What nm_linear_few.h repeats where an instruction set multiplies pairs of bfloat16: a lane is two kept weights of a row.
+// What nm_linear_few.h repeats where an instruction set multiplies pairs of bfloat16: a lane is two kept weights of
+// a row.
 #ifndef MASKPRO_NM_LINEAR_PAIRS_H_
 #define MASKPRO_NM_LINEAR_PAIRS_H_
 
@@ -13,7 +14,7 @@ namespace maskpro {
 // multiply_block() of pairs of slots, each of one group: n is even, or every column is kept.
 //
 //   x  [kTokens, in_features], rows x_stride apart; Isa::kReadAhead activations from a group's first on may be read
-template <class Isa, int kBits, int kTokens>
+template <class Isa, class Weight, int kBits, int kTokens>
 [[gnu::noinline]] void multiply_block_of_pairs(const uint8_t* chunk, int64_t chunks, const int32_t* bases,
                                                const BF16* x, int64_t x_stride, float* sums) {
   constexpr int kSlots = chunk_slots(kBits);
@@ -27,7 +28,7 @@ template <class Isa, int kBits, int kTokens>
       Isa::load_indices(chunk, indices);
       __builtin_prefetch(chunk + kPrefetchBytes);
     }
-    const BF16* values = reinterpret_cast<const BF16*>(chunk + chunk_index_bytes(kBits));
+    const Weight* values = reinterpret_cast<const Weight*>(chunk + chunk_index_bytes(kBits));
 #pragma GCC unroll 16
     for (int pair = 0; pair < kSlots / 2; ++pair) {
       const auto w = Isa::load_pairs(values + 2 * pair * kBlockRows);
@@ -39,7 +40,7 @@ template <class Isa, int kBits, int kTokens>
         acc[t] = Isa::dot(w, Isa::template pick_pairs<kBits>(group + t * x_stride, places), acc[t]);
       }
     }
-    chunk += chunk_bytes(kBits, sizeof(BF16));
+    chunk += chunk_bytes(kBits, sizeof(Weight));
     bases += kSlots;
   }
 #pragma GCC unroll 16

@@ -19,7 +19,14 @@ struct Avx512BF16 : Avx512 {
   // acc + the sum of both products.
   static Vec dot(Pairs a, Pairs b, Vec acc) { return _mm512_dpbf16_ps(acc, a, b); }
 
-  static Pairs load_pairs(const void* p) { return (__m512bh)_mm512_loadu_si512(p); }
+  static Pairs load_pairs(const BF16* p) { return (__m512bh)_mm512_loadu_si512(p); }
+
+  // Two slots of sixteen rows. An integer of 8 bits is a bfloat16: the lower half of its float32 is 0.
+  static Pairs load_pairs(const int8_t* p) {
+    const __m512i first = bits_of(p);
+    const __m512i second = bits_of(p + kBlockRows);
+    return (__m512bh)_mm512_or_si512(_mm512_srli_epi32(first, 16), second);
+  }
 
   // Where a group's own two of each lane lie: of the slots 2 * pair and 2 * pair + 1 of its row.
   template <int kBits>
@@ -48,6 +55,12 @@ struct Avx512BF16 : Avx512 {
     }
   }
   static constexpr int64_t kReadAhead = 32;
+
+ private:
+  static __m512i bits_of(const int8_t* p) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)));
+  }
 };
 
 }  // namespace maskpro
