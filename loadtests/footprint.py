@@ -12,45 +12,44 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import statistics
 import sys
 import tempfile
-import time
-import urllib.request
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Event, Thread
 
 from machine import machine, versions
-from server import Server
+from server import Server, ServerError
+from streaming import StreamingClient, first_model
+from workloads import Request
 
+PROMPT = "The lighthouse"
+TOKENS = 33
 FLAGS = "--max-model-len 2048 --kv-cache-memory-bytes 1G"
-TOKENS = 32
 
 
 @dataclass(frozen=True)
 class Footprint:
     """Of one server; bytes and seconds."""
 
-    arguments: str
     ready_s: float
     peak_bytes: int
     serving_bytes: int
     s_per_token: float
 
 
-def footprint(arguments: str, log: Path, timeout: float) -> Footprint:
-    """Starts a server, has it answer, and stops it.
+def footprint(server: Server, timeout: float) -> Footprint:
+    """Starts a server, has it answer a few times, one at a time, and stops it.
 
     Args:
-        arguments: model and flags, as a shell would read them.
-        log: file that takes the server's output.
+        server: not started yet.
         timeout: seconds it may take to be ready.
 
     Raises:
-        ServerError: it did not become ready.
+        ServerError: it did not become ready, or did not answer.
     """
-    model, *flags = shlex.split(arguments)
-    server = Server(["--model", model, *flags], log)
     peak, done = 0, Event()
 
     def sample() -> None:
@@ -63,31 +62,19 @@ def footprint(arguments: str, log: Path, timeout: float) -> Footprint:
     try:
         sampling.start()
         server.wait_ready(timeout)
-        served = json.loads(server.get("/v1/models"))["data"][0]["id"]
-        complete(server.url, served, 1)  # not counted: first calls allocate
-        first = min(complete(server.url, served, 1) for _ in range(3))
-        whole = min(complete(server.url, served, 1 + TOKENS) for _ in range(3))
+        requests = [Request(index, "footprint", "completions", "", PROMPT, TOKENS) for index in range(4)]
+        with closing(StreamingClient(server.url, first_model(server.url))) as client:
+            records = [client.send(request) for request in requests]
         serving = server.memory()
     finally:
         done.set()
         sampling.join()
         server.stop()
-    return Footprint(arguments, server.seconds_to_ready, max(peak, serving), serving, (whole - first) / TOKENS)
-
-
-def complete(url: str, model: str, tokens: int) -> float:
-    """Seconds of one completion of this many tokens."""
-    body = {"model": model, "prompt": "The lighthouse", "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
-    request = urllib.request.Request(
-        f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    begin = time.perf_counter()
-    with urllib.request.urlopen(request, timeout=600) as response:
-        found = json.load(response)["usage"]["completion_tokens"]
-    seconds = time.perf_counter() - begin
-    if found != tokens:
-        raise SystemExit(f"footprint.py: {model}: expected {tokens} tokens, found {found}")
-    return seconds
+    for record in records:
+        if record.status != "ok":
+            raise ServerError(f"no answer: {record.error}\n{server.log_tail()}")
+    gaps = [gap for record in records[1:] for gap in record.gaps]  # first calls allocate
+    return Footprint(server.seconds_to_ready, max(peak, serving), serving, statistics.median(gaps))
 
 
 def main() -> None:
@@ -101,8 +88,9 @@ def main() -> None:
     print(f"{'peak GiB':>9} {'serving':>8} {'ready s':>8} {'ms/token':>9}")
     for model in arguments.models:
         with tempfile.TemporaryDirectory() as folder:
-            found = footprint(f"{model} {arguments.flags}", Path(folder) / "server.log", arguments.timeout)
-        results.append(asdict(found))
+            flags = ["--model", *shlex.split(f"{model} {arguments.flags}")]
+            found = footprint(Server(flags, Path(folder) / "server.log"), arguments.timeout)
+        results.append({"model": model, "flags": arguments.flags} | asdict(found))
         memory = f"{found.peak_bytes / 2**30:9.2f} {found.serving_bytes / 2**30:8.2f}"
         print(f"{memory} {found.ready_s:8.0f} {found.s_per_token * 1e3:9.1f}  {model}", flush=True)
     if arguments.json:

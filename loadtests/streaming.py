@@ -95,6 +95,10 @@ class StreamingClient:
             record.total = self._clock() - record.begin
             return record
 
+    def close(self) -> None:
+        """Closes the connections it keeps."""
+        self._http.close()
+
     def _attempt(self, request: Request, record: Record) -> None:
         body = json.dumps(request.payload(self.model, fixed_length=self._fixed_length)).encode()
         try:
