@@ -28,9 +28,10 @@ constexpr int64_t kPieceChunks = 12;
 //   bases  [chunks * slots], the first column of each slot's group
 //   x      [kTokens, in_features], rows x_stride apart
 //   sums   [kTokens, 16]
+//   ahead  bytes of prefetch
 template <class Isa, class Weight, int kBits, int kTokens>
 [[gnu::noinline]] void multiply_block(const uint8_t* chunk, int64_t chunks, const int32_t* bases, const float* x,
-                                      int64_t x_stride, float* sums) {
+                                      int64_t x_stride, float* sums, int64_t ahead) {
   constexpr int kVectors = Isa::kVectors;
   constexpr int kSlots = chunk_slots(kBits);
   using Vec = typename Isa::Vec;
@@ -44,13 +45,13 @@ template <class Isa, class Weight, int kBits, int kTokens>
     typename Isa::Indices indices[kVectors] = {};
     if constexpr (kBits > 0) {
       Isa::load_indices(chunk, indices);
-      __builtin_prefetch(chunk + kPrefetchBytes);
+      __builtin_prefetch(chunk + ahead);
     }
     const Weight* values = reinterpret_cast<const Weight*>(chunk + chunk_index_bytes(kBits));
     for_slots<Isa, kSlots>([&](int j) {
       Vec w[kVectors];
       Isa::load_slot(values, j, w);
-      prefetch(values, j);
+      prefetch(values, j, ahead);
       const float* group = x + bases[j];
 #pragma GCC unroll 8
       for (int t = 0; t < kTokens; ++t) {
@@ -136,12 +137,13 @@ class FewTokens {
 
   void multiply(const uint8_t* block, const int32_t* bases, const Element* x, float* sums) const {
     const int64_t most = call_.tokens > Isa::kTileTokens ? kPieceChunks : sizes_.chunks;
+    const int64_t ahead = call_.tokens > 2 * Isa::kTileTokens ? kNearBytes : kFarBytes;
     for (int64_t chunk = 0; chunk < sizes_.chunks; chunk += most) {
       const int64_t rest = sizes_.chunks - chunk;
       const int64_t chunks = rest < most ? rest : most;
       for (int64_t t = 0; t < call_.tokens; t += Isa::kTileTokens) {
         multiply_some<Isa::kTileTokens>(call_.tokens - t, block + chunk * kChunkBytes, chunks, bases + chunk * kSlots,
-                                        x + t * x_stride(), sums + t * kBlockRows);
+                                        x + t * x_stride(), sums + t * kBlockRows, ahead);
       }
     }
   }
@@ -149,14 +151,14 @@ class FewTokens {
   // Finds the tile of min(tokens, kTokens) tokens.
   template <int kTokens>
   void multiply_some(int64_t tokens, const uint8_t* chunk, int64_t chunks, const int32_t* bases, const Element* x,
-                     float* sums) const {
+                     float* sums, int64_t ahead) const {
     if constexpr (kTokens > 1) {
-      if (tokens < kTokens) return multiply_some<kTokens - 1>(tokens, chunk, chunks, bases, x, sums);
+      if (tokens < kTokens) return multiply_some<kTokens - 1>(tokens, chunk, chunks, bases, x, sums, ahead);
     }
     if constexpr (Isa::kPairs) {
-      multiply_block_of_pairs<Isa, Weight, kBits, kTokens>(chunk, chunks, bases, x, x_stride(), sums);
+      multiply_block_of_pairs<Isa, Weight, kBits, kTokens>(chunk, chunks, bases, x, x_stride(), sums, ahead);
     } else {
-      multiply_block<Isa, Weight, kBits, kTokens>(chunk, chunks, bases, x, x_stride(), sums);
+      multiply_block<Isa, Weight, kBits, kTokens>(chunk, chunks, bases, x, x_stride(), sums, ahead);
     }
   }
 

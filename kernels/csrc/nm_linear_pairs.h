@@ -16,7 +16,8 @@ namespace maskpro {
 //   x  [kTokens, in_features], rows x_stride apart; Isa::kReadAhead activations from a group's first on may be read
 template <class Isa, class Weight, int kBits, int kTokens>
 [[gnu::noinline]] void multiply_block_of_pairs(const uint8_t* chunk, int64_t chunks, const int32_t* bases,
-                                               const BF16* x, int64_t x_stride, float* sums) {
+                                               const BF16* x, int64_t x_stride, float* sums,
+                                               int64_t ahead) {
   constexpr int kSlots = chunk_slots(kBits);
   using Vec = typename Isa::Vec;
   Vec acc[kTokens];
@@ -26,13 +27,13 @@ template <class Isa, class Weight, int kBits, int kTokens>
     typename Isa::Indices indices[1] = {};
     if constexpr (kBits > 0) {
       Isa::load_indices(chunk, indices);
-      __builtin_prefetch(chunk + kPrefetchBytes);
+      __builtin_prefetch(chunk + ahead);
     }
     const Weight* values = reinterpret_cast<const Weight*>(chunk + chunk_index_bytes(kBits));
 #pragma GCC unroll 16
     for (int pair = 0; pair < kSlots / 2; ++pair) {
       const auto w = Isa::load_pairs(values + 2 * pair * kBlockRows);
-      prefetch(values, 2 * pair);
+      prefetch(values, 2 * pair, ahead);
       const auto places = Isa::template places<kBits>(indices[0], pair);
       const BF16* group = x + bases[2 * pair];
 #pragma GCC unroll 16
