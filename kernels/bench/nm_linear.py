@@ -174,7 +174,7 @@ def main() -> None:
     size = set_bytes(machine)
     bandwidth = read_bandwidth(size)
     peak = peak_flops()
-    kernel = select_backend(arguments.patterns[0], torch.float32, weights, "cpu").name
+    kernel = select_backend(arguments.patterns[0], activations, weights, "cpu").name
     print(machine, bandwidth, f"torch float32 product: {peak / 1e9:.0f} GFLOP/s", sep="\n")
     print(
         f"{kernel}, {arguments.weights}, {arguments.activations} activations; every rival walks through copies of its "

@@ -33,8 +33,7 @@ int32_t maskpro_fastest_isa(void) {
   int32_t isa = MASKPRO_AVX512_BF16;
   while (!maskpro::isa_available(isa)) --isa;
 #ifdef MASKPRO_X86_64
-  // AMD's cores start as many products of pairs a cycle as float32 multiply-adds. On an Intel Xeon without AMX, oneDNN's
-  // bfloat16 product took 1.9 times as long as its float32 one (docs/results/nm_linear_avx512.json, 1024 tokens).
+  // AMD's cores start as many products of pairs a cycle as float32 multiply-adds. Intel's were not measured.
   if (isa == MASKPRO_AVX512_BF16 && !__builtin_cpu_is("amd")) isa = MASKPRO_AVX512;
 #endif
   return isa;

@@ -5,7 +5,7 @@ namespace maskpro {
 namespace {
 
 // Tokens whose activations stay in L2 while all rows are multiplied.
-constexpr int64_t kPassTokens = 128;
+constexpr int64_t kPassTokensOfPairs = 128;
 
 template <class Weight>
 int32_t run_pass(const NMLinear& call) {
@@ -31,9 +31,9 @@ int32_t nm_linear_avx512_bf16(const NMLinear& call) {
   const bool int8 = call.weight_dtype == MASKPRO_I8;
   if (!pairs || (call.weight_dtype != MASKPRO_BF16 && !int8)) return nm_linear_avx512(call);
   NMLinear pass = call;
-  for (int64_t token = 0; token < call.tokens; token += kPassTokens) {
+  for (int64_t token = 0; token < call.tokens; token += kPassTokensOfPairs) {
     const int64_t rest = call.tokens - token;
-    pass.tokens = rest < kPassTokens ? rest : kPassTokens;
+    pass.tokens = rest < kPassTokensOfPairs ? rest : kPassTokensOfPairs;
     pass.x = static_cast<const BF16*>(call.x) + token * call.in_features;
     pass.y = static_cast<BF16*>(call.y) + token * call.out_features;
     const int32_t status = int8 ? run_pass<int8_t>(pass) : run_pass<BF16>(pass);

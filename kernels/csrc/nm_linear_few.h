@@ -9,6 +9,8 @@
 #include <omp.h>
 #include <string.h>
 
+#include <algorithm>
+
 #include "elements.h"
 #include "interleaved.h"
 #include "maskpro_kernels.h"
@@ -126,7 +128,9 @@ class FewTokens {
       for (int64_t t = 0; t < call_.tokens; ++t) {
         const Act* from = static_cast<const Act*>(call_.x) + t * call_.in_features;
         if constexpr (Isa::kPairs) {
-          memcpy(elements + t * x_stride(), from, static_cast<size_t>(call_.in_features) * sizeof(Act));
+          // Weights of 0 fill a row up; where all are kept, they meet what lies past x, which must not be a NaN.
+          Element* after = std::copy_n(from, call_.in_features, elements + t * x_stride());
+          std::fill(after, elements + (t + 1) * x_stride(), Element{});
         } else {
           convert<Isa>(from, call_.in_features, elements + t * x_stride());
         }

@@ -114,6 +114,15 @@ def test_a_dense_weight_in_its_own_dtype(isa, dtype, tokens, monkeypatch):
     check(x, pack(weight, NMPattern(4, 4)), bias, y)
 
 
+def test_activations_of_an_earlier_call_do_not_leak(isa, monkeypatch):
+    """Where 16 does not divide in_features, weights of 0 fill rows up: they must not meet another call's NaN."""
+    monkeypatch.setenv("MASKPRO_KERNEL", f"cpu-{isa}")
+    weight = torch.randn((16, 20)).bfloat16()
+    x = torch.randn((1, 20)).bfloat16()
+    nm_linear(torch.full((1, 32), torch.nan).bfloat16(), interleave_dense(torch.randn((16, 32)).bfloat16()))
+    check(x, pack(weight, NMPattern(4, 4)), None, nm_linear(x, interleave_dense(weight)))
+
+
 def test_a_packed_weight_is_interleaved_once_until_it_changes():
     weight = pack(torch.randn(32, 64), NMPattern(2, 4))
     x = torch.randn(3, 64)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import time
+from collections import Counter
+from collections.abc import Iterable
 
 import httpx
 import pytest
@@ -33,9 +35,19 @@ def answers(url: str, path: str) -> int | None:
         return None
 
 
+def total(server: Server, names: Iterable[str]) -> float:
+    metrics = server.get("/metrics")
+    return sum(sample(metrics, name) for name in names)
+
+
+def outcomes(log: str) -> Counter[str]:
+    """How the completions ended, from the request log."""
+    return Counter(record["outcome"] for record in records(log) if record["path"] == "/v1/completions")
+
+
 def test_loads_serves_and_drains(tiny, tmp_path):
     model = with_tokenizer(tiny["packed"], tmp_path / "model")
-    server = Server(["--model", str(model), *FLAGS, "--shutdown-timeout", "20"], tmp_path / "log", ONE_THREAD).start()
+    server = Server(["--model", str(model), *FLAGS, "--shutdown-timeout", "120"], tmp_path / "log", ONE_THREAD).start()
     try:
         # While it loads.
         wait_until(lambda: answers(server.url, "/ready") is not None, 120)
@@ -54,36 +66,44 @@ def test_loads_serves_and_drains(tiny, tmp_path):
         assert unanswered == 0  # from loading to ready, nobody was refused a connection
         assert answers(server.url, "/health") == 200
 
-        # SIGTERM while more run than fit: those that wait finish as well, but for two that cannot in 20 s.
-        load = Load(server.url, 2 * SEQUENCES, 100)
-        endless = Load(server.url, 2, 32000)
-        taken = "vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:request_success_total"
-        everybody = 2 * SEQUENCES + 2
-        stand_still_when(server, lambda: sum(sample(server.get("/metrics"), name) for name in taken) == everybody)
-        server.send_signal(signal.SIGTERM)
-        wait_until(lambda: answers(server.url, "/ready") == 503, 10)
-        go_on(server)
-        endings = load.endings()
-        assert [(ending.status, ending.tokens, ending.error) for ending in endings] == [(200, 100, "")] * len(endings)
+        # SIGTERM while more is under way than runs at once: what waits is finished too, what comes later is refused.
         stand_still(server)
+        load = Load(server.url, 2 * SEQUENCES, 2000)
+        waiting = "vllm:num_requests_running", "vllm:num_requests_waiting"
+        taken = *waiting, "vllm:request_success_total"
+        stand_still_when(server, lambda: total(server, taken) == 2 * SEQUENCES)
+        assert total(server, waiting) > 0
+        server.send_signal(signal.SIGTERM)
+        wait_until(lambda: answers(server.url, "/ready") == 503)
         late = complete(server.url, 4)
         assert (late.status, late.tokens) == (503, 0)
         assert "shutting down" in late.error
         assert late.headers["connection"] == "close"
         assert answers(server.url, "/health") == 200  # the engine lives: a liveness probe must not kill it now
-        stream, whole = endless.endings()
-        assert (stream.status, whole.status) == (200, 503)
-        assert "before the answer was complete" in stream.error
-        assert "shutting down" in whole.error
+        go_on(server)
+        endings = load.endings()
+        assert [(ending.status, ending.tokens, ending.error) for ending in endings] == [(200, 2000, "")] * len(endings)
         assert server.wait(60) == 0
     finally:
         server.stop()
     log = server.log.read_text()
     assert "Traceback" not in log
-    outcomes = [record["outcome"] for record in records(log) if record["path"] == "/v1/completions"]
-    assert outcomes.count("completed") == len(endings)
-    assert outcomes.count("rejected") == 2  # the late one, and the one that had no answer yet
-    assert outcomes.count("failed") == 1
+    assert outcomes(log) == {"completed": len(endings), "rejected": 1}
+
+
+def test_what_the_drain_cannot_finish_gets_an_error(tiny, tmp_path):
+    model = with_tokenizer(tiny["packed"], tmp_path / "model")
+    server = Server(["--model", str(model), *FLAGS, "--shutdown-timeout", "5"], tmp_path / "log", ONE_THREAD)
+    with server:
+        endless = Load(server.url, 2, 32000)
+        stand_still_when(server, lambda: sample(server.get("/metrics"), "vllm:num_requests_running") == 2)
+        server.send_signal(signal.SIGTERM)
+        stream, whole = endless.endings()
+        assert (stream.status, whole.status) == (200, 503), (stream, whole)
+        assert "before the answer was complete" in stream.error
+        assert "shutting down" in whole.error
+        assert server.wait(60) == 0
+    assert outcomes(server.log.read_text()) == {"failed": 1, "rejected": 1}
 
 
 def test_sigterm_while_loading_ends_it_at_once(tiny, tmp_path):
