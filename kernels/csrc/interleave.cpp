@@ -13,8 +13,8 @@
 namespace maskpro {
 namespace {
 
-// Asks for large pages under memory that is about to be written: few tokens then read it up to a quarter faster, for
-// there are fewer translations to look up, and prefetchers stop at the end of a page. Nothing changes where it is refused.
+// Asks for large pages under memory that is about to be written: few tokens then read it faster, for there are fewer
+// translations to look up, and prefetchers stop at the end of a page. Nothing changes where it is refused.
 void ask_for_large_pages([[maybe_unused]] uint8_t* begin, [[maybe_unused]] int64_t bytes) {
 #ifdef MADV_HUGEPAGE
   const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));

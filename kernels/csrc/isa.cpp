@@ -1,8 +1,28 @@
 #include "isa.h"
 
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "maskpro_kernels.h"
 
 namespace maskpro {
+namespace {
+
+// Linux keeps tile registers for a process only once it has asked, which covers threads started before and after.
+bool tiles_permitted() {
+#if defined(MASKPRO_X86_64) && defined(__linux__)
+  constexpr long kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM, asm/prctl.h
+  constexpr long kTileData = 18;               // XFEATURE_XTILEDATA
+  static const bool permitted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return permitted;
+#else
+  return false;
+#endif
+}
+
+}  // namespace
 
 // __builtin_cpu_supports also asks the operating system (XGETBV) whether it saves the registers.
 bool isa_available(int32_t isa) {
@@ -19,6 +39,9 @@ bool isa_available(int32_t isa) {
              __builtin_cpu_supports("avx512vl");
     case MASKPRO_AVX512_BF16:
       return isa_available(MASKPRO_AVX512) && __builtin_cpu_supports("avx512bf16");
+    case MASKPRO_AMX_BF16:
+      return isa_available(MASKPRO_AVX512_BF16) && __builtin_cpu_supports("amx-tile") &&
+             __builtin_cpu_supports("amx-bf16") && tiles_permitted();
 #endif
     default:
       return false;
@@ -30,10 +53,11 @@ bool isa_available(int32_t isa) {
 int32_t maskpro_abi_version(void) { return MASKPRO_ABI_VERSION; }
 
 int32_t maskpro_fastest_isa(void) {
-  int32_t isa = MASKPRO_AVX512_BF16;
+  int32_t isa = MASKPRO_AMX_BF16;
   while (!maskpro::isa_available(isa)) --isa;
 #ifdef MASKPRO_X86_64
-  // AMD's cores start as many products of pairs a cycle as float32 multiply-adds. Intel's were not measured.
+  // AMD's cores start as many products of pairs a cycle as float32 multiply-adds. On Intel's (Sapphire Rapids) the kernels
+  // that use them took 1.0 to 1.4 times the time of those that do not.
   if (isa == MASKPRO_AVX512_BF16 && !__builtin_cpu_is("amd")) isa = MASKPRO_AVX512;
 #endif
   return isa;

@@ -21,7 +21,8 @@ extern "C" {
 enum maskpro_dtype { MASKPRO_F32 = 0, MASKPRO_BF16 = 1, MASKPRO_F16 = 2, MASKPRO_I8 = 3 };
 
 // Each includes those before it.
-enum maskpro_isa { MASKPRO_PORTABLE = 0, MASKPRO_AVX2 = 1, MASKPRO_AVX512 = 2, MASKPRO_AVX512_BF16 = 3 };
+enum maskpro_isa { MASKPRO_PORTABLE = 0, MASKPRO_AVX2 = 1, MASKPRO_AVX512 = 2, MASKPRO_AVX512_BF16 = 3,
+                   MASKPRO_AMX_BF16 = 4 };
 
 enum maskpro_status {
   MASKPRO_OK = 0,
@@ -63,8 +64,9 @@ MASKPRO_API int32_t maskpro_interleave(void* weight, const void* values, const u
 //   scale   [out_features] float32, or NULL for ones: a weight is its value times its row's scale
 //   bias    [out_features] bias_dtype, or NULL
 //
-// Sums are float32, rounded once to act_dtype, which like bias_dtype is no integer. With MASKPRO_AVX512_BF16, subnormal
-// bfloat16 activations and weights may count as zero. Reentrant: any number of threads may call at once.
+// Sums are float32, rounded once to act_dtype, which like bias_dtype is no integer. With MASKPRO_AVX512_BF16 and
+// MASKPRO_AMX_BF16, subnormal bfloat16 activations and weights may count as zero; with the latter, an infinite activation
+// or a NaN may also reach outputs whose weight of its column is not kept. Reentrant: any number of threads may call at once.
 //
 // Reads the weight once for up to a few tokens. Returns a maskpro_status; on anything but MASKPRO_OK, y is untouched.
 MASKPRO_API int32_t maskpro_nm_linear(void* y, const void* x, const void* weight, const float* scale, const void* bias,

@@ -29,6 +29,7 @@ int32_t nm_linear_portable(const NMLinear& call);
 int32_t nm_linear_avx2(const NMLinear& call);
 int32_t nm_linear_avx512(const NMLinear& call);
 int32_t nm_linear_avx512_bf16(const NMLinear& call);
+int32_t nm_linear_amx_bf16(const NMLinear& call);
 
 }  // namespace maskpro
 

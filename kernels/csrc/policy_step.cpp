@@ -32,7 +32,8 @@ int32_t maskpro_policy_step(float* logits, void* masked, const void* weight, int
   if (!maskpro::isa_available(isa)) return MASKPRO_NO_ISA;
   switch (isa) {
 #ifdef MASKPRO_X86_64
-    case MASKPRO_AVX512_BF16:  // nothing here multiplies bfloat16
+    case MASKPRO_AMX_BF16:  // nothing here multiplies bfloat16
+    case MASKPRO_AVX512_BF16:
     case MASKPRO_AVX512:
       return maskpro::policy_step_avx512(call);
     case MASKPRO_AVX2:

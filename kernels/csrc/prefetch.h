@@ -8,8 +8,8 @@
 
 namespace maskpro {
 
-// How far ahead of its use. Of 4 to 32 KiB, 12 was the least that took the shortest time on a Zen 4 core, up to a third
-// less than 4 took (1 to 8 tokens, weights in large pages).
+// How far ahead of its use. Of 4 to 32 KiB, 12 was the least that took bench/nm_linear.py the shortest time on a Zen 4
+// core (1 to 8 tokens, weights in large pages).
 constexpr int64_t kFarBytes = 12288;
 
 // For more than two tiles of tokens: what they read again and again needs the L1.

@@ -109,8 +109,8 @@ void nm_linear_interleaved(Value* stack, uint64_t, uint64_t) {
   if (weight_dtype < 0) refuse("expected kept values of a 16 or 32 bit float or int8, found " + dtypes.name(stored));
   check_weight(weight, in_features, out_features, n, m, weight_dtype);
   check_scale(scale, weight_dtype, out_features);
-  if (isa < MASKPRO_PORTABLE || isa > MASKPRO_AVX512_BF16) {
-    refuse("expected the number of an instruction set, 0 to 3, found " + std::to_string(isa));
+  if (isa < MASKPRO_PORTABLE || isa > MASKPRO_AMX_BF16) {
+    refuse("expected the number of an instruction set, 0 to 4, found " + std::to_string(isa));
   }
   int32_t bias_dtype = 0;
   if (bias) {

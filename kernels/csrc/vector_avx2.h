@@ -10,6 +10,7 @@
 #include "interleaved.h"
 
 namespace maskpro {
+namespace {  // every file that includes it is compiled with flags of its own
 
 struct Avx2 {
   using Vec = __m256;
@@ -143,6 +144,7 @@ struct Avx2 {
   }
 };
 
+}  // namespace
 }  // namespace maskpro
 
 #endif  // MASKPRO_VECTOR_AVX2_H_

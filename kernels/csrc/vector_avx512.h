@@ -10,6 +10,7 @@
 #include "interleaved.h"
 
 namespace maskpro {
+namespace {  // every file that includes it is compiled with flags of its own
 
 struct Avx512 {
   using Vec = __m512;
@@ -110,6 +111,7 @@ struct Avx512 {
   static void store256(void* p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
 };
 
+}  // namespace
 }  // namespace maskpro
 
 #endif  // MASKPRO_VECTOR_AVX512_H_

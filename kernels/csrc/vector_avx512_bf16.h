@@ -8,6 +8,7 @@
 #include "vector_avx512.h"
 
 namespace maskpro {
+namespace {  // every file that includes it is compiled with flags of its own
 
 struct Avx512BF16 : Avx512 {
   static constexpr int kTileTokens = 16;  // 16 of 32 registers hold sums
@@ -63,6 +64,7 @@ struct Avx512BF16 : Avx512 {
   }
 };
 
+}  // namespace
 }  // namespace maskpro
 
 #endif  // MASKPRO_VECTOR_AVX512_BF16_H_

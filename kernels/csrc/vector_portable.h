@@ -9,6 +9,7 @@
 #include "interleaved.h"
 
 namespace maskpro {
+namespace {  // every file that includes it is compiled with flags of its own
 
 struct Portable {
   typedef float Vec __attribute__((vector_size(16)));
@@ -126,6 +127,7 @@ struct Portable {
   }
 };
 
+}  // namespace
 }  // namespace maskpro
 
 #endif  // MASKPRO_VECTOR_PORTABLE_H_

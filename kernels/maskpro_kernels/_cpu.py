@@ -20,7 +20,7 @@ from maskpro_kernels.errors import NativeLibraryError
 ABI_VERSION = 6
 LIBRARY_NAME = "libmaskpro_kernels.so"
 
-ISA_CODES = {"portable": 0, "avx2": 1, "avx512": 2, "avx512-bf16": 3}
+ISA_CODES = {"portable": 0, "avx2": 1, "avx512": 2, "avx512-bf16": 3, "amx-bf16": 4}
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 _STATUS = {1: "bad argument", 2: "instruction set not available", 3: "out of memory"}
 

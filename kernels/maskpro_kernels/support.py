@@ -127,6 +127,8 @@ _TWO_OF_FOUR = (NMPattern(2, 4),)
 # In order of preference, but that the fastest instruction set of this CPU comes first (_cpu.available_isas). On a GPU
 # they compete instead (cuda/tuning.py), and the first is what needs no measurement.
 BACKENDS = (
+    # Activations or weights that it has no products of are the next one's, under its name.
+    Backend("cpu-amx-bf16", ("cpu",), _FLOATS, _KEPT, isa="amx-bf16"),
     Backend("cpu-avx512-bf16", ("cpu",), _FLOATS, _KEPT, isa="avx512-bf16"),
     Backend("cpu-avx512", ("cpu",), _FLOATS, _KEPT, isa="avx512"),
     Backend("cpu-avx2", ("cpu",), _FLOATS, _KEPT, isa="avx2"),

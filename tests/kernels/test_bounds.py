@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from maskpro_kernels import NMPattern, _cpu, pack, to_int8
 from maskpro_kernels.interleaved import interleave
 
-ISAS = ("avx512-bf16", "avx512", "avx2", "portable")
+ISAS = ("amx-bf16", "avx512-bf16", "avx512", "avx2", "portable")
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 OK, BAD_ARGUMENT, NO_ISA = 0, 1, 2
@@ -129,7 +129,7 @@ def test_impossible_arguments_leave_the_output_untouched(changes):
     assert torch.isnan(y).all()
 
 
-@pytest.mark.parametrize("isa", [-1, 4])
+@pytest.mark.parametrize("isa", [-1, 5])
 def test_unknown_instruction_set(isa):
     status, y = call(isa=isa)
     assert status == NO_ISA
@@ -162,15 +162,19 @@ def test_every_half_precision_value_is_read_and_written_exactly(isa, dtype):
     assert torch.equal(kept[0], finite[:, 0].float())
 
 
+@pytest.mark.parametrize(
+    ("isa", "tokens"),
+    # Fewer tokens are multiplied without tiles.
+    [*(("avx512-bf16", tokens) for tokens in (1, 5, 13, 40)), *(("amx-bf16", tokens) for tokens in (13, 40))],
+)
 @pytest.mark.parametrize("place", range(4))
-@pytest.mark.parametrize("tokens", [1, 5, 13, 40])
-def test_products_of_pairs_take_every_bfloat16_exactly_but_subnormals_for_zero(place, tokens):
-    if "avx512-bf16" not in _cpu.available_isas():
-        pytest.skip("this machine has no avx512-bf16")
+def test_products_of_pairs_take_every_bfloat16_exactly_but_subnormals_for_zero(isa, place, tokens):
+    if isa not in _cpu.available_isas():
+        pytest.skip(f"this machine has no {isa}")
     patterns = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     finite = patterns[torch.isfinite(patterns)]
     expected = torch.where(finite.abs() < torch.finfo(torch.bfloat16).smallest_normal, 0, finite)
-    run, code = torch.ops.maskpro.nm_linear_interleaved, _cpu.ISA_CODES["avx512-bf16"]
+    run, code = torch.ops.maskpro.nm_linear_interleaved, _cpu.ISA_CODES[isa]
     one = torch.zeros(1, 4).bfloat16()
     one[0, place] = 1
     x = torch.zeros(len(finite), 4).bfloat16()

@@ -18,7 +18,7 @@ from maskpro_kernels.support import select_backend
 PATTERNS = st.sampled_from([4, 8, 16, 32]).flatmap(lambda m: st.builds(NMPattern, st.integers(1, m), st.just(m)))
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 KEPT = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.int8])
-ISAS = ("avx512-bf16", "avx512", "avx2", "portable")
+ISAS = ("amx-bf16", "avx512-bf16", "avx512", "avx2", "portable")
 
 
 @pytest.fixture(params=ISAS)
@@ -114,12 +114,13 @@ def test_a_dense_weight_in_its_own_dtype(isa, dtype, tokens, monkeypatch):
     check(x, pack(weight, NMPattern(4, 4)), bias, y)
 
 
-def test_activations_of_an_earlier_call_do_not_leak(isa, monkeypatch):
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_activations_of_an_earlier_call_do_not_leak(isa, tokens, monkeypatch):
     """Where 16 does not divide in_features, weights of 0 fill rows up: they must not meet another call's NaN."""
     monkeypatch.setenv("MASKPRO_KERNEL", f"cpu-{isa}")
     weight = torch.randn((16, 20)).bfloat16()
-    x = torch.randn((1, 20)).bfloat16()
-    nm_linear(torch.full((1, 32), torch.nan).bfloat16(), interleave_dense(torch.randn((16, 32)).bfloat16()))
+    x = torch.randn((tokens, 20)).bfloat16()
+    nm_linear(torch.full((tokens, 32), torch.nan).bfloat16(), interleave_dense(torch.randn((16, 32)).bfloat16()))
     check(x, pack(weight, NMPattern(4, 4)), None, nm_linear(x, interleave_dense(weight)))
 
 
@@ -282,8 +283,8 @@ def test_one_compiled_function_takes_every_pattern():
 def test_what_the_kernels_do_not_know_is_refused():
     weight, x = interleave(pack(torch.randn(16, 64), NMPattern(2, 4))), torch.randn(3, 64)
     run = torch.ops.maskpro.nm_linear_interleaved
-    for isa in (-1, 4, 1 << 32):
-        with pytest.raises(ValueError, match=f"instruction set, 0 to 3, found {isa}"):
+    for isa in (-1, 5, 1 << 32):
+        with pytest.raises(ValueError, match=f"instruction set, 0 to 4, found {isa}"):
             run(x, weight.data, None, None, 16, 64, 2, 4, torch.float32, isa)
     for n, m in ((5, 4), (0, 4), (2, 1 << 40), (-1, 4)):
         with pytest.raises(ValueError, match=f"found {n}:{m} of 64"):
@@ -327,9 +328,24 @@ def test_backend_choice(monkeypatch):
     assert name() == "reference"
     monkeypatch.setenv("MASKPRO_KERNEL", "fastest")
     with pytest.raises(
-        ValueError, match="MASKPRO_KERNEL='fastest' is unknown: expected one of auto, cpu, cpu-avx512-bf16"
+        ValueError, match="MASKPRO_KERNEL='fastest' is unknown: expected one of auto, cpu, cpu-amx-bf16"
     ):
         name()
     monkeypatch.setenv("MASKPRO_KERNEL", "auto")
     with pytest.raises(UnsupportedKernelError, match=r"no kernel for pattern 2:4, .*triton: does not cover"):
         select_backend(pattern, torch.float64, torch.bfloat16, "cuda")
+
+
+def test_tiles_are_shared_with_those_who_use_them_too(monkeypatch):
+    """oneDNN multiplies bfloat16 by AMX as well, in the same threads: neither may meet the other's configuration."""
+    if "amx-bf16" not in _cpu.available_isas():
+        pytest.skip("this machine has no amx-bf16")
+    monkeypatch.setenv("MASKPRO_KERNEL", "cpu-amx-bf16")
+    dense = torch.randn(96, 320).bfloat16()
+    weight = pack(dense, NMPattern(2, 4))
+    order = interleave(weight)
+    for tokens in (40, 7, 33, 100):
+        x = torch.randn(tokens, 320).bfloat16()
+        for _ in range(2):
+            check(x, pack(dense, NMPattern(4, 4)), None, torch.nn.functional.linear(x, dense))
+            check(x, weight, None, nm_linear(x, order))

@@ -13,7 +13,7 @@ from maskpro_kernels import NMPattern, _cpu
 from maskpro_kernels.policy_step import policy_step
 from maskpro_learner.policy import log_prob, most_likely, score
 
-ISAS = ("avx512-bf16", "avx512", "avx2", "portable")
+ISAS = ("amx-bf16", "avx512-bf16", "avx512", "avx2", "portable")
 PATTERNS = st.sampled_from([4, 8]).flatmap(lambda m: st.builds(NMPattern, st.integers(1, m), st.just(m)))
 
 

@@ -1,12 +1,14 @@
-"""What one server takes."""
+"""What one server takes, and the models of other sizes it is measured with."""
 
 from __future__ import annotations
 
+import json
 import sys
 
 import pytest
 from calibration import STUB
 from footprint import footprint
+from random_llama import SHAPES, check_shape
 from server import Server, ServerError
 
 
@@ -23,6 +25,25 @@ def test_memory_and_pace_are_the_servers(tmp_path, pace):
     assert server.exit_code is not None
 
 
+def test_the_peak_is_that_of_loading(tmp_path, pace):
+    class Loading(Server):
+        def memory(self) -> int:
+            return 900 if self.seconds_to_ready == 0 else 100
+
+    flags = ["--first-token", str(pace.first_token), "--gap", str(pace.gap)]
+    found = footprint(Loading(flags, tmp_path / "log", program=(sys.executable, str(STUB))), timeout=30)
+    assert (found.peak_bytes, found.serving_bytes) == (900, 100)
+
+
 def test_a_server_that_does_not_start_is_stopped_and_says_why(tmp_path):
     with pytest.raises(ServerError, match="invalid float value: 'soon'"):
         footprint(stub(tmp_path, "--gap", "soon"), timeout=30)
+
+
+def test_a_folder_of_another_shape_is_refused(tmp_path):
+    (tmp_path / "dense").mkdir()
+    config = tmp_path / "dense" / "config.json"
+    config.write_text(json.dumps(SHAPES["1.1b"]))
+    check_shape(tmp_path, "1.1b")
+    with pytest.raises(SystemExit, match=rf"^{config}: hidden_size: expected 4096 \(7b\), found 2048$"):
+        check_shape(tmp_path, "7b")

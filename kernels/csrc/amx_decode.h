@@ -1,0 +1,212 @@
+// Expands a packed weight to tiles of bfloat16, [16 pairs of columns][16 rows][2]: AMX has no product that skips zeros.
+//
+// A decoder writes the tile of one step, the 32 columns from 32 * step on, of a block of rows. Columns past the weight's
+// last are zeros. Up to its kFewTokens, measured, vectors are faster than tiles.
+#ifndef MASKPRO_AMX_DECODE_H_
+#define MASKPRO_AMX_DECODE_H_
+
+#include <immintrin.h>
+#include <stdint.h>
+
+#include "amx_tiles.h"
+#include "interleaved.h"
+#include "nm_linear.h"
+#include "prefetch.h"
+#include "vector_avx512_bf16.h"
+
+namespace maskpro {
+namespace {
+
+// Where each lane's own four bytes begin, within the 16 that a shuffle of bytes chooses from.
+inline __m512i lanes() { return _mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0); }
+
+// One or two of every four: what a lane keeps of a group becomes the lane of two pairs of columns. The indices, four bits
+// of them, choose a shuffle of four bytes for each; one that names a byte from 128 on gives 0.
+template <class Weight, int kN>
+class DecodeOfFour {
+ public:
+  static constexpr int64_t kFewTokens = kN == 2 ? 2 : 6;
+
+  explicit DecodeOfFour(const NMLinear&) {
+    for (uint32_t code = 0; code < 16; ++code) {
+      const uint32_t first = code & 3, second = kN == 2 ? code >> 2 : 4;
+      for (uint32_t column = 0; column < 4; ++column) {
+        const uint32_t word = column == first ? 0x0100u : column == second ? 0x0302u : 0x8080u;
+        uint32_t& shuffle = shuffles_[column / 2][code];
+        shuffle = column % 2 == 0 ? word : shuffle | word << 16;
+      }
+    }
+  }
+
+  [[gnu::always_inline]] void operator()(const uint8_t* block, int64_t step, uint8_t* tile) const {
+    constexpr int64_t kSlots = kTileSteps / 4 * kN;  // of a step: a chunk, or half of one
+    const int64_t slot = step * kSlots % chunk_slots(2);
+    const uint8_t* chunk = block + step * kSlots / chunk_slots(2) * chunk_bytes(2, sizeof(Weight));
+    const Weight* values = reinterpret_cast<const Weight*>(chunk + chunk_index_bytes(2)) + slot * kBlockRows;
+    const __m512i indices = _mm512_srlv_epi32(_mm512_loadu_si512(chunk), _mm512_set1_epi32(static_cast<int>(2 * slot)));
+    const __m512i low = _mm512_load_si512(shuffles_[0]), high = _mm512_load_si512(shuffles_[1]);
+    __builtin_prefetch(chunk + kFarBytes);
+#pragma GCC unroll 8
+    for (int group = 0; group < 8; ++group) {
+      const int pair = group * kN / 2 * 2;  // the slots that a lane has together
+      const __m512i kept = (__m512i)Avx512BF16::load_pairs(values + pair * kBlockRows);
+      if (group * kN % 2 == 0) prefetch(values, pair, kFarBytes);
+      const __m512i lane = lanes() | _mm512_set1_epi8(group * kN % 2 == 0 ? 0 : 2);
+      // A permute looks at the lower four bits.
+      const __m512i code = _mm512_srli_epi32(indices, static_cast<unsigned>(2 * kN * group));
+      const __m512i first = _mm512_or_si512(_mm512_permutexvar_epi32(code, low), lane);
+      const __m512i second = _mm512_or_si512(_mm512_permutexvar_epi32(code, high), lane);
+      _mm512_store_si512(tile + 2 * group * kTileRowBytes, _mm512_shuffle_epi8(kept, first));
+      _mm512_store_si512(tile + (2 * group + 1) * kTileRowBytes, _mm512_shuffle_epi8(kept, second));
+    }
+  }
+
+ private:
+  alignas(64) uint32_t shuffles_[2][16] = {};
+};
+
+// An even number of every eight, sixteen or thirty-two, known when this is compiled: which of the two slots of a lane goes
+// to a pair of columns is compared, and so is the lane with its halves exchanged.
+template <class Weight, int kN, int kM>
+class DecodeEven {
+ public:
+  static constexpr int64_t kFewTokens = kM == 8 && kN > 2 ? 4 : 6;
+
+  explicit DecodeEven(const NMLinear& call) : groups_(call.in_features / kM) {}
+
+  [[gnu::noinline]] void operator()(const uint8_t* block, int64_t step, uint8_t* tile) const {
+    constexpr int64_t kGroups = kTileSteps / kM;
+    const int64_t rest = groups_ - step * kGroups;
+    const int64_t slot = step * kGroups * kN;
+    const uint8_t* chunk = block + slot / kSlots * kChunkBytes;
+    int pair = static_cast<int>(slot % kSlots / 2);
+    for (int64_t group = 0; group < kGroups; ++group) {
+      __m512i columns[kM / 2] = {};
+      if (group < rest) {
+#pragma GCC unroll 16
+        for (int k = 0; k < kN; k += 2) {
+          add_pair(chunk, pair, k, columns);
+          if (++pair < kSlots / 2) continue;
+          chunk += kChunkBytes;
+          pair = 0;
+        }
+      }
+#pragma GCC unroll 16
+      for (int i = 0; i < kM / 2; ++i) _mm512_store_si512(tile + i * kTileRowBytes, columns[i]);
+      tile += kM / 2 * kTileRowBytes;
+    }
+  }
+
+ private:
+  static constexpr int kBits = index_bits(kN, kM);
+  static constexpr int kSlots = chunk_slots(kBits);
+  static constexpr int64_t kChunkBytes = chunk_bytes(kBits, sizeof(Weight));
+
+  // The k-th and the next kept value of every row's group.
+  [[gnu::always_inline]] static void add_pair(const uint8_t* chunk, int pair, int k, __m512i (&columns)[kM / 2]) {
+    const Weight* values = reinterpret_cast<const Weight*>(chunk + chunk_index_bytes(kBits));
+    const __m512i kept = (__m512i)Avx512BF16::load_pairs(values + 2 * pair * kBlockRows);
+    prefetch(values, 2 * pair, kFarBytes);
+    if (pair == 0) __builtin_prefetch(chunk + kFarBytes);
+    const __m512i all = _mm512_loadu_si512(chunk);
+    const __m512i first = _mm512_srlv_epi32(all, _mm512_set1_epi32(2 * pair * kBits));
+    const __m512i second = _mm512_rorv_epi32(all, _mm512_set1_epi32((2 * pair + 1) * kBits - 16));
+    const __m512i both = _mm512_mask_blend_epi16(0xaaaaaaaa, first, second);
+    const __m512i places = _mm512_and_si512(both, _mm512_set1_epi16(kM - 1));
+    const __m512i kept_exchanged = _mm512_rol_epi32(kept, 16), places_exchanged = _mm512_rol_epi32(places, 16);
+    // k columns of the group are before the first, kN - 2 - k after the second.
+#pragma GCC unroll 16
+    for (int i = k / 2; i <= (kM - kN + k + 1) / 2; ++i) {
+      const __m512i here = _mm512_set1_epi32(2 * i | (2 * i + 1) << 16);
+      columns[i] = _mm512_mask_mov_epi16(columns[i], _mm512_cmpeq_epi16_mask(places, here), kept);
+      columns[i] =
+          _mm512_mask_mov_epi16(columns[i], _mm512_cmpeq_epi16_mask(places_exchanged, here), kept_exchanged);
+    }
+  }
+
+  const int64_t groups_;
+};
+
+// Any other pattern: every slot's sixteen values go to those pairs of columns that its place in the group allows, under the
+// mask of the lanes whose index says so.
+template <class Weight, int kBits>
+class DecodeAny {
+ public:
+  static constexpr int64_t kFewTokens = 12;
+
+  explicit DecodeAny(const NMLinear& call)
+      : n_(call.n), m_(call.m), step_groups_(kTileSteps / call.m), groups_(call.in_features / call.m) {}
+
+  [[gnu::noinline]] void operator()(const uint8_t* block, int64_t step, uint8_t* tile) const {
+    for (int row = 0; row < 16; ++row) _mm512_store_si512(tile + row * kTileRowBytes, _mm512_setzero_si512());
+    const int64_t rest = groups_ - step * step_groups_;
+    const int64_t groups = rest < step_groups_ ? rest : step_groups_;
+    const int64_t slot = step * step_groups_ * n_;
+    const uint8_t* chunk = block + slot / kSlots * kChunkBytes;
+    int j = static_cast<int>(slot % kSlots);
+    for (int64_t group = 0; group < groups; ++group) {
+      for (int32_t k = 0; k < n_; ++k) {
+        spread(chunk, j, k, tile + group * (m_ / 2) * kTileRowBytes);
+        if (++j < kSlots) continue;
+        for (int64_t byte = 0; byte < kChunkBytes; byte += 64) __builtin_prefetch(chunk + kFarBytes + byte);
+        chunk += kChunkBytes;
+        j = 0;
+      }
+    }
+  }
+
+ private:
+  static constexpr int kSlots = chunk_slots(kBits);
+  static constexpr int64_t kChunkBytes = chunk_bytes(kBits, sizeof(Weight));
+
+  // Slot j of a chunk, the k-th kept value of its group, whose columns begin at `tile`.
+  void spread(const uint8_t* chunk, int j, int32_t k, uint8_t* tile) const {
+    const Weight* values = reinterpret_cast<const Weight*>(chunk + chunk_index_bytes(kBits));
+    // In each lane's both halves.
+    const __m512i pairs = (__m512i)Avx512BF16::load_pairs(values + j / 2 * 2 * kBlockRows);
+    const __m512i half = _mm512_set1_epi32(j % 2 == 0 ? 0x01000100 : 0x03020302);
+    const __m512i value = _mm512_shuffle_epi8(pairs, _mm512_or_si512(half, lanes()));
+    const __m512i shifted = _mm512_srl_epi32(_mm512_loadu_si512(chunk), _mm_cvtsi32_si128(j * kBits));
+    const __m512i index = _mm512_and_si512(shifted, _mm512_set1_epi32((1 << kBits) - 1));
+    const __m512i indices = _mm512_or_si512(index, _mm512_slli_epi32(index, 16));
+    // k columns of the group are before it, n - 1 - k after it.
+    const int32_t first = k / 2, last = (m_ - n_ + k) / 2;
+    for (int32_t pair = first; pair <= last; ++pair) {
+      const __m512i columns = _mm512_set1_epi32(2 * pair | (2 * pair + 1) << 16);
+      _mm512_mask_storeu_epi16(tile + pair * kTileRowBytes, _mm512_cmpeq_epi16_mask(indices, columns), value);
+    }
+  }
+
+  const int32_t n_, m_;
+  const int64_t step_groups_, groups_;
+};
+
+// Every column kept: the values of a step are a tile as they lie.
+template <class Weight>
+class DecodeDense {
+ public:
+  static constexpr int64_t kFewTokens = 0;
+
+  explicit DecodeDense(const NMLinear& call) : pairs_((call.in_features + 15) / 16 * 8) {}
+
+  void operator()(const uint8_t* block, int64_t step, uint8_t* tile) const {
+    const Weight* values = reinterpret_cast<const Weight*>(block) + step * kTileSteps * kBlockRows;
+    const int64_t rest = pairs_ - step * 16;
+    for (int row = 0; row < 16; ++row) {
+      __m512i pairs = _mm512_setzero_si512();
+      if (row < rest) {
+        pairs = (__m512i)Avx512BF16::load_pairs(values + 2 * row * kBlockRows);
+        prefetch(values, 2 * row, kFarBytes);
+      }
+      _mm512_store_si512(tile + row * kTileRowBytes, pairs);
+    }
+  }
+
+ private:
+  const int64_t pairs_;  // in a block, a chunk of zeros filled up
+};
+
+}  // namespace
+}  // namespace maskpro
+
+#endif  // MASKPRO_AMX_DECODE_H_

@@ -1,0 +1,50 @@
+// Tile registers of AMX: eight of 16 rows of 64 bytes, whose product adds pairs of bfloat16 to float32.
+#ifndef MASKPRO_AMX_TILES_H_
+#define MASKPRO_AMX_TILES_H_
+
+#include <immintrin.h>
+#include <stdint.h>
+
+namespace maskpro {
+namespace {
+
+constexpr int kTileRowBytes = 64;
+constexpr int kTileSteps = 32;  // columns of a weight that one product takes
+constexpr int64_t kWeightTileBytes = 16 * kTileRowBytes;
+
+// The calling thread's tile registers, set up while in scope: 0 to 3 are sums [tokens][16 rows of a weight] of float32,
+// 4 and 5 activations [tokens][32 columns], 6 and 7 weights [16 pairs of columns][16 rows][2]. Others who use tiles load
+// their own configuration before they do; nothing is left in the registers, which the system would have to save.
+class ConfiguredTiles {
+ public:
+  explicit ConfiguredTiles(int64_t tokens) {
+    Config config = {};
+    config.palette = 1;
+    for (int tile = 0; tile < 8; ++tile) {
+      config.row_bytes[tile] = kTileRowBytes;
+      config.rows[tile] = tile < 6 ? static_cast<uint8_t>(tokens) : 16;
+    }
+    _tile_loadconfig(&config);
+  }
+  ~ConfiguredTiles() { _tile_release(); }
+  ConfiguredTiles(const ConfiguredTiles&) = delete;
+  ConfiguredTiles& operator=(const ConfiguredTiles&) = delete;
+
+ private:
+  struct alignas(64) Config {
+    uint8_t palette;
+    uint8_t start_row;
+    uint8_t reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+  };
+  static_assert(sizeof(Config) == 64, "what LDTILECFG reads");
+};
+
+// What was written so far is in memory before a tile is loaded next: the compiler does not know that a load reads it.
+[[gnu::always_inline]] inline void before_tile_loads() { __asm__ volatile("" ::: "memory"); }
+
+}  // namespace
+}  // namespace maskpro
+
+#endif  // MASKPRO_AMX_TILES_H_

@@ -1,0 +1,231 @@
+// nm_linear on AMX, for bfloat16 activations: tiles of 16 tokens by 32 columns times tiles of 32 columns by 16 rows.
+//
+//   for every kAmxPassTokens tokens                   bounds the working memory
+//     lay the activations out in tiles [pair of tiles of tokens][step of 32 columns][tile], shared by all threads
+//     for every group of pairs of blocks of rows of this thread
+//       for every piece of kPieceSteps steps, whose activations stay in L2 throughout the group (all steps at once for
+//       as few tokens as two tiles hold)
+//         for every pair of blocks, for every pair of tiles of tokens: multiply_tiles
+//       scale, add the bias, round, store
+//
+// The first pair of tiles of tokens decodes the weights that it multiplies (amx_decode.h), two steps ahead: the units that
+// shuffle and those that multiply tiles work at once.
+#ifndef MASKPRO_NM_LINEAR_AMX_H_
+#define MASKPRO_NM_LINEAR_AMX_H_
+
+#include <immintrin.h>
+#include <omp.h>
+#include <string.h>
+
+#include "amx_decode.h"
+#include "amx_tiles.h"
+#include "elements.h"
+#include "interleaved.h"
+#include "maskpro_kernels.h"
+#include "nm_linear.h"
+#include "prefetch.h"
+#include "scratch.h"
+#include "vector_avx512.h"
+
+namespace maskpro {
+namespace {
+
+constexpr int64_t kAmxPassTokens = 256;
+
+// Decoded weights of a pair of blocks: 32 KiB, of an L1 of 48.
+constexpr int64_t kPieceSteps = 16;
+
+// Pairs of blocks for which a piece's activations are read from L3 once.
+constexpr int64_t kGroupPairs = 4;
+
+// Steps between decoding a tile and loading it: what was stored just now cannot be read yet.
+constexpr int64_t kDecodeAhead = 2;
+
+constexpr int64_t kSumsFloats = 16 * kBlockRows;  // of a tile of tokens and a block
+
+// sums[b][t] += x[t] W[b]^T over some steps of kBlocks blocks and kTiles tiles of tokens.
+//
+//   block    the first block of the weight; the next one is block_bytes on
+//   decoded  tiles [kPieceSteps][2], of step s at s % kPieceSteps; written if kDecode
+//   x        tiles [steps][2], each of tile_bytes
+//   sums     [kBlocks][kTiles] tiles, blocks sums_stride floats apart; not read if `fresh`
+template <class Decoder, int kBlocks, int kTiles, bool kDecode>
+[[gnu::noinline]] void multiply_tiles(const Decoder& decode, const uint8_t* block, int64_t block_bytes, int64_t first,
+                                      int64_t steps, uint8_t* decoded, const uint8_t* x, int64_t tile_bytes,
+                                      float* sums, int64_t sums_stride, bool fresh) {
+  if (fresh) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  } else {
+    before_tile_loads();
+    _tile_loadd(0, sums, kTileRowBytes);
+    if constexpr (kTiles > 1) _tile_loadd(1, sums + kSumsFloats, kTileRowBytes);
+    if constexpr (kBlocks > 1) _tile_loadd(2, sums + sums_stride, kTileRowBytes);
+    if constexpr (kBlocks > 1 && kTiles > 1) _tile_loadd(3, sums + sums_stride + kSumsFloats, kTileRowBytes);
+  }
+  const int64_t ahead = kDecode ? kDecodeAhead : 0;
+  for (int64_t s = 0; s < steps + ahead; ++s) {
+    if constexpr (kDecode) {
+      if (s < steps) {
+        uint8_t* to = decoded + s % kPieceSteps * 2 * kWeightTileBytes;
+        decode(block, first + s, to);
+        if constexpr (kBlocks > 1) decode(block + block_bytes, first + s, to + kWeightTileBytes);
+      }
+      if (s < ahead) continue;
+      before_tile_loads();
+    }
+    const uint8_t* w = decoded + (s - ahead) % kPieceSteps * 2 * kWeightTileBytes;
+    const uint8_t* tokens = x + (s - ahead) * 2 * tile_bytes;
+    _tile_loadd(4, tokens, kTileRowBytes);
+    if constexpr (kTiles > 1) _tile_loadd(5, tokens + tile_bytes, kTileRowBytes);
+    _tile_loadd(6, w, kTileRowBytes);
+    if constexpr (kBlocks > 1) _tile_loadd(7, w + kWeightTileBytes, kTileRowBytes);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (kTiles > 1) _tile_dpbf16ps(1, 5, 6);
+    if constexpr (kBlocks > 1) _tile_dpbf16ps(2, 4, 7);
+    if constexpr (kBlocks > 1 && kTiles > 1) _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, sums, kTileRowBytes);
+  if constexpr (kTiles > 1) _tile_stored(1, sums + kSumsFloats, kTileRowBytes);
+  if constexpr (kBlocks > 1) _tile_stored(2, sums + sums_stride, kTileRowBytes);
+  if constexpr (kBlocks > 1 && kTiles > 1) _tile_stored(3, sums + sums_stride + kSumsFloats, kTileRowBytes);
+}
+
+template <class Decoder>
+class AmxTokens {
+ public:
+  explicit AmxTokens(const NMLinear& call)
+      : call_(call),
+        sizes_(call.in_features, call.out_features, call.n, call.m, call.weight_dtype),
+        decode_(call),
+        steps_((call.in_features + kTileSteps - 1) / kTileSteps),
+        most_(call.tokens < kAmxPassTokens ? call.tokens : kAmxPassTokens),
+        rows_(call.tokens < 16 ? call.tokens : 16),
+        tile_bytes_(rows_ * kTileRowBytes),
+        piece_(most_ <= 32 ? steps_ : kPieceSteps) {}
+
+  int32_t operator()() {
+    const int64_t x_bytes = pairs(most_) * steps_ * 2 * tile_bytes_;
+    const int64_t sums_floats = kGroupPairs * 2 * sums_stride(most_);
+    const int64_t thread_floats = kDecodedFloats + sums_floats;
+    float* scratch = thread_scratch(x_bytes / 4 + call_.threads * thread_floats);
+    if (scratch == nullptr) return MASKPRO_NO_MEMORY;
+    x_ = reinterpret_cast<uint8_t*>(scratch);
+    const bool alone = most_ <= kSerialTokens;  // faster than threads meet at a barrier
+    if (alone) lay_out(0, most_, 0, 1);
+#pragma omp parallel num_threads(call_.threads)
+    {
+      // The runtime may grant fewer threads than asked.
+      const int64_t threads = omp_get_num_threads();
+      const int64_t thread = omp_get_thread_num();
+      float* decoded = scratch + x_bytes / 4 + thread * thread_floats;
+      float* sums = decoded + kDecodedFloats;
+      const int64_t block_end = sizes_.blocks * (thread + 1) / threads;
+      const ConfiguredTiles tiles(rows_);
+      for (int64_t token = 0; token < call_.tokens; token += kAmxPassTokens) {
+        const int64_t rest = call_.tokens - token;
+        const int64_t tokens = rest < kAmxPassTokens ? rest : kAmxPassTokens;
+        if (!alone) {
+          lay_out(token, tokens, thread, threads);
+#pragma omp barrier
+        }
+        for (int64_t block = sizes_.blocks * thread / threads; block < block_end; block += 2 * kGroupPairs) {
+          const int64_t group_end = block + 2 * kGroupPairs < block_end ? block + 2 * kGroupPairs : block_end;
+          multiply(block, group_end, tokens, reinterpret_cast<uint8_t*>(decoded), sums);
+          for (int64_t b = block; b < group_end; b += 2) {
+            store(b, group_end - b, token, tokens, sums + (b - block) * sums_stride(tokens));
+          }
+        }
+        if (rest > kAmxPassTokens) {
+#pragma omp barrier
+        }
+      }
+    }
+    return MASKPRO_OK;
+  }
+
+ private:
+  static constexpr int64_t kSerialTokens = 16;
+  static constexpr int64_t kDecodedFloats = kPieceSteps * 2 * kWeightTileBytes / 4;
+
+  static int64_t tiles(int64_t tokens) { return (tokens + 15) / 16; }
+  static int64_t pairs(int64_t tokens) { return (tiles(tokens) + 1) / 2; }
+  // Floats of a block's sums.
+  static int64_t sums_stride(int64_t tokens) { return pairs(tokens) * 2 * kSumsFloats; }
+
+  uint8_t* x_tile(int64_t tile, int64_t step) const {
+    return x_ + ((tile / 2 * steps_ + step) * 2 + tile % 2) * tile_bytes_;
+  }
+
+  // This thread's share of the tokens' tiles; rows past the last token, and columns past the last, are zeros.
+  void lay_out(int64_t token, int64_t tokens, int64_t thread, int64_t threads) const {
+    const int64_t pieces = tiles(tokens) * steps_;
+    for (int64_t piece = pieces * thread / threads; piece < pieces * (thread + 1) / threads; ++piece) {
+      const int64_t tile = piece / steps_, column = piece % steps_ * kTileSteps;
+      const BF16* from = static_cast<const BF16*>(call_.x) + (token + tile * 16) * call_.in_features + column;
+      uint8_t* to = x_tile(tile, piece % steps_);
+      const int64_t rest = call_.in_features - column;
+      const __mmask32 columns = rest >= kTileSteps ? ~__mmask32{0} : (__mmask32{1} << rest) - 1;
+      const int64_t rows = tokens - tile * 16;
+      for (int64_t row = 0; row < rows_; ++row) {
+        const __mmask32 some = row < rows ? columns : 0;
+        _mm512_store_si512(to + row * kTileRowBytes, _mm512_maskz_loadu_epi16(some, from + row * call_.in_features));
+      }
+    }
+  }
+
+  // sums = x W^T for the blocks [block, end) of one group: [block][tile of tokens][token][row].
+  void multiply(int64_t block, int64_t end, int64_t tokens, uint8_t* decoded, float* sums) const {
+    for (int64_t step = 0; step < steps_; step += piece_) {
+      for (int64_t b = block; b < end; b += 2) {
+        const uint8_t* weight = call_.weight + b * sizes_.block_bytes;
+        float* to = sums + (b - block) * sums_stride(tokens);
+        for (int64_t tile = 0; tile < tiles(tokens); tile += 2) {
+          choose(end - b, tiles(tokens) - tile, tile == 0, weight, step, decoded, tile, to + tile * kSumsFloats,
+                 sums_stride(tokens));
+        }
+      }
+    }
+  }
+
+  void choose(int64_t blocks, int64_t tiles, bool decodes, const uint8_t* weight, int64_t step, uint8_t* decoded,
+              int64_t tile, float* sums, int64_t stride) const {
+    auto* const run = blocks > 1 ? (tiles > 1 ? (decodes ? &multiply_tiles<Decoder, 2, 2, true>
+                                                         : &multiply_tiles<Decoder, 2, 2, false>)
+                                              : (decodes ? &multiply_tiles<Decoder, 2, 1, true>
+                                                         : &multiply_tiles<Decoder, 2, 1, false>))
+                                 : (tiles > 1 ? (decodes ? &multiply_tiles<Decoder, 1, 2, true>
+                                                         : &multiply_tiles<Decoder, 1, 2, false>)
+                                              : (decodes ? &multiply_tiles<Decoder, 1, 1, true>
+                                                         : &multiply_tiles<Decoder, 1, 1, false>));
+    const int64_t rest = steps_ - step;
+    run(decode_, weight, sizes_.block_bytes, step, rest < piece_ ? rest : piece_, decoded, x_tile(tile, step),
+        tile_bytes_, sums, stride, step == 0);
+  }
+
+  // Both blocks of a pair, token by token: together they fill a line of y.
+  void store(int64_t block, int64_t blocks, int64_t token, int64_t tokens, const float* sums) const {
+    const BlockOutputs<Avx512, BF16> first(call_, block), second(call_, blocks > 1 ? block + 1 : block);
+    for (int64_t t = 0; t < tokens; ++t) {
+      first.store(token + t, sums + t * kBlockRows);
+      if (blocks > 1) second.store(token + t, sums + sums_stride(tokens) + t * kBlockRows);
+    }
+  }
+
+  const NMLinear& call_;
+  const Interleaved sizes_;
+  const Decoder decode_;
+  const int64_t steps_;  // of 32 columns
+  const int64_t most_;   // tokens of a pass
+  const int64_t rows_;   // of a tile of tokens
+  const int64_t tile_bytes_;
+  const int64_t piece_;  // steps; all of them where no other pair of tiles of tokens needs the decoded weights
+  uint8_t* x_ = nullptr;
+};
+
+}  // namespace
+}  // namespace maskpro
+
+#endif  // MASKPRO_NM_LINEAR_AMX_H_
