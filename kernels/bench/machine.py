@@ -19,7 +19,7 @@ _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 @dataclass(frozen=True)
 class Machine:
-    """Attributes are what their names say; sizes are bytes, ``isas`` best first, ``large_pages`` the system's policy."""
+    """Attributes are what their names say; sizes are bytes, ``isas`` best first, ``large_pages`` the system's."""
 
     cpu: str
     isas: tuple[str, ...]
@@ -41,8 +41,8 @@ class Machine:
 
 
 def with_large_pages() -> None:
-    """Starts this program anew under the setting ``maskpro-serve`` makes: every rival's weights then lie in large pages,
-    where ours ask for them anyhow."""
+    """Starts this program anew under the setting ``maskpro-serve`` makes: every rival's weights then lie in large
+    pages, where ours ask for them anyhow."""
     tunables = os.environ.get(_TUNABLES, "")
     if "glibc.malloc.hugetlb" not in tunables:
         tunables = ":".join(filter(None, (tunables, "glibc.malloc.hugetlb=1")))
