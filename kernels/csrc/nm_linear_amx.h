@@ -3,7 +3,7 @@
 //   for every kAmxPassTokens tokens                   bounds the working memory
 //     lay the activations out in tiles [pair of tiles of tokens][step of 32 columns][tile], shared by all threads
 //     for every group of pairs of blocks of rows of this thread
-//       for every piece of kPieceSteps steps, whose activations stay in L2 throughout the group (all steps at once for
+//       for every piece of at most kPieceSteps steps, whose activations stay in L2 throughout the group (all steps at once for
 //       as few tokens as two tiles hold)
 //         for every pair of blocks, for every pair of tiles of tokens: multiply_tiles
 //       scale, add the bias, round, store
@@ -32,8 +32,8 @@ namespace {
 
 constexpr int64_t kAmxPassTokens = 256;
 
-// Decoded weights of a pair of blocks: 32 KiB, of an L1 of 48.
-constexpr int64_t kPieceSteps = 16;
+// Decoded weights of a pair of blocks: 48 KiB.
+constexpr int64_t kPieceSteps = 24;
 
 // Pairs of blocks for which a piece's activations are read from L3 once.
 constexpr int64_t kGroupPairs = 4;
@@ -104,7 +104,7 @@ class AmxTokens {
         most_(call.tokens < kAmxPassTokens ? call.tokens : kAmxPassTokens),
         rows_(call.tokens < 16 ? call.tokens : 16),
         tile_bytes_(rows_ * kTileRowBytes),
-        piece_(most_ <= 32 ? steps_ : kPieceSteps) {}
+        piece_(most_ <= 32 ? steps_ : even_piece(steps_)) {}
 
   int32_t operator()() {
     const int64_t x_bytes = pairs(most_) * steps_ * 2 * tile_bytes_;
@@ -149,6 +149,12 @@ class AmxTokens {
  private:
   static constexpr int64_t kSerialTokens = 16;
   static constexpr int64_t kDecodedFloats = kPieceSteps * 2 * kWeightTileBytes / 4;
+
+  // At most kPieceSteps, and no short piece at the end: sums are stored and loaded again between pieces.
+  static int64_t even_piece(int64_t steps) {
+    const int64_t pieces = (steps + kPieceSteps - 1) / kPieceSteps;
+    return (steps + pieces - 1) / pieces;
+  }
 
   static int64_t tiles(int64_t tokens) { return (tokens + 15) / 16; }
   static int64_t pairs(int64_t tokens) { return (tiles(tokens) + 1) / 2; }
