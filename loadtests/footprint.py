@@ -1,4 +1,4 @@
-"""What servers take, one after the other: memory at most and while serving, time to be ready, time per token.
+"""What servers take, one after the other: memory at most until ready and while serving, time to be ready and per token.
 
     python loadtests/footprint.py sparse-llama dense-llama "dense-llama --dtype float32" [--json FILE]
 

@@ -24,6 +24,8 @@ class ConfiguredTiles {
       config.row_bytes[tile] = kTileRowBytes;
       config.rows[tile] = tile < 6 ? static_cast<uint8_t>(tokens) : 16;
     }
+    // The compiler believes that only a pointer's bytes of it are read.
+    __asm__ volatile("" : : "r"(&config) : "memory");
     _tile_loadconfig(&config);
   }
   ~ConfiguredTiles() { _tile_release(); }

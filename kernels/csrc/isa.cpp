@@ -57,7 +57,7 @@ int32_t maskpro_fastest_isa(void) {
   while (!maskpro::isa_available(isa)) --isa;
 #ifdef MASKPRO_X86_64
   // AMD's cores start as many products of pairs a cycle as float32 multiply-adds. On Intel's (Sapphire Rapids) the kernels
-  // that use them took 1.0 to 1.4 times the time of those that do not.
+  // that use them were slower than those that do not.
   if (isa == MASKPRO_AVX512_BF16 && !__builtin_cpu_is("amd")) isa = MASKPRO_AVX512;
 #endif
   return isa;

@@ -104,12 +104,14 @@ def test_equals_the_oracle(isa, pattern, groups, rows, tokens, dtypes, with_bias
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("tokens", [1, 3, 40])
-def test_a_dense_weight_in_its_own_dtype(isa, dtype, tokens, monkeypatch):
+@pytest.mark.parametrize("activation", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 3, 17, 40])
+def test_a_dense_weight_in_its_own_dtype(isa, dtype, activation, tokens, monkeypatch):
     if isa not in _cpu.available_isas():
         pytest.skip(f"this machine has no {isa}")
     monkeypatch.setenv("MASKPRO_KERNEL", f"cpu-{isa}")
     weight, x, bias = torch.randn((70, 332)).to(dtype), torch.randn((tokens, 332)), torch.randn(70)
+    x = x.to(activation)
     y = nm_linear(x, interleave_dense(weight), bias)
     check(x, pack(weight, NMPattern(4, 4)), bias, y)
 
@@ -205,6 +207,19 @@ def test_int8_values_come_with_a_scale():
         )
 
 
+@pytest.mark.parametrize("kept", [torch.bfloat16, torch.int8], ids=str)
+@pytest.mark.parametrize(
+    "pattern", ["1:4", "2:4", "3:4", "4:4", "2:8", "3:8", "4:8", "6:8", "5:16", "8:16", "7:32", "16:32"]
+)
+def test_every_way_to_expand_a_weight(isa, pattern, kept):
+    """Instruction sets that multiply pairs or tiles have code for single patterns, which random ones seldom meet."""
+    nm = NMPattern.parse(pattern)
+    for tokens, columns, threads in ((13, 9 * nm.m, 1), (33, 1000 // nm.m * nm.m, 3), (257, 1000 // nm.m * nm.m, 2)):
+        weight = packed(torch.randn((70, columns)), nm, kept)
+        x = torch.randn((tokens, columns)).bfloat16()
+        check(x, weight, None, run_on_nan(x, weight, None, isa, threads))
+
+
 @pytest.mark.parametrize("tokens", [1, 7, 17, 64, 600])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_many_tokens_and_threads(isa, tokens, dtype):
@@ -219,10 +234,11 @@ def test_many_tokens_and_threads(isa, tokens, dtype):
         assert torch.equal(run_on_nan(other, weight, None, isa, 2)[-1], outputs[0][-1])
 
 
-def test_calls_from_several_threads_at_once(isa, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_calls_from_several_threads_at_once(isa, dtype, monkeypatch):
     monkeypatch.setenv("MASKPRO_KERNEL", f"cpu-{isa}")
     weights = [pack(torch.randn((64, 512)).bfloat16(), NMPattern(n, 8)) for n in (1, 2, 4, 6)]
-    inputs = [torch.randn((tokens, 512)) for tokens in (1, 5, 40, 100)]
+    inputs = [torch.randn((tokens, 512)).to(dtype) for tokens in (1, 9, 40, 100)]
     expected = [nm_linear(x, w) for x, w in zip(inputs, weights, strict=True)]
     wrong: list[int] = []
 

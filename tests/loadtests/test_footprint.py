@@ -27,12 +27,19 @@ def test_memory_and_pace_are_the_servers(tmp_path, pace):
 
 def test_the_peak_is_that_of_loading(tmp_path, pace):
     class Loading(Server):
+        later = 0
+
         def memory(self) -> int:
-            return 900 if self.seconds_to_ready == 0 else 100
+            if self.seconds_to_ready == 0:
+                return 900
+            self.later += 1
+            return 100
 
     flags = ["--first-token", str(pace.first_token), "--gap", str(pace.gap)]
-    found = footprint(Loading(flags, tmp_path / "log", program=(sys.executable, str(STUB))), timeout=30)
+    server = Loading(flags, tmp_path / "log", program=(sys.executable, str(STUB)))
+    found = footprint(server, timeout=30)
     assert (found.peak_bytes, found.serving_bytes) == (900, 100)
+    assert server.later <= 2  # none while it answers
 
 
 def test_a_server_that_does_not_start_is_stopped_and_says_why(tmp_path):
