@@ -20,23 +20,30 @@ namespace {
 // Where each lane's own four bytes begin, within the 16 that a shuffle of bytes chooses from.
 inline __m512i lanes() { return _mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0); }
 
-// One or two of every four: what a lane keeps of a group becomes the lane of two pairs of columns. The indices, four bits
-// of them, choose a shuffle of four bytes for each; one that names a byte from 128 on gives 0.
+// For every four bits of indices of kN kept columns of four, the shuffles of bytes that put a lane's values into the
+// columns 0 and 1, and 2 and 3; one that names a byte from 128 on gives 0.
+template <int kN>
+struct ShufflesOfFour {
+  alignas(64) uint32_t pairs[2][16] = {};
+
+  constexpr ShufflesOfFour() {
+    for (uint32_t code = 0; code < 16; ++code) {
+      const uint32_t first = code & 3, second = kN == 2 ? code >> 2 : 4;
+      for (uint32_t column = 0; column < 4; ++column) {
+        const uint32_t word = column == first ? 0x0100u : column == second ? 0x0302u : 0x8080u;
+        pairs[column / 2][code] |= word << (16 * (column % 2));
+      }
+    }
+  }
+};
+
+// One or two of every four: what a lane keeps of a group becomes the lane of two pairs of columns.
 template <class Weight, int kN>
 class DecodeOfFour {
  public:
   static constexpr int64_t kFewTokens = kN == 2 ? 2 : 6;
 
-  explicit DecodeOfFour(const NMLinear&) {
-    for (uint32_t code = 0; code < 16; ++code) {
-      const uint32_t first = code & 3, second = kN == 2 ? code >> 2 : 4;
-      for (uint32_t column = 0; column < 4; ++column) {
-        const uint32_t word = column == first ? 0x0100u : column == second ? 0x0302u : 0x8080u;
-        uint32_t& shuffle = shuffles_[column / 2][code];
-        shuffle = column % 2 == 0 ? word : shuffle | word << 16;
-      }
-    }
-  }
+  explicit DecodeOfFour(const NMLinear&) {}
 
   [[gnu::always_inline]] void operator()(const uint8_t* block, int64_t step, uint8_t* tile) const {
     constexpr int64_t kSlots = kTileSteps / 4 * kN;  // of a step: a chunk, or half of one
@@ -44,7 +51,7 @@ class DecodeOfFour {
     const uint8_t* chunk = block + step * kSlots / chunk_slots(2) * chunk_bytes(2, sizeof(Weight));
     const Weight* values = reinterpret_cast<const Weight*>(chunk + chunk_index_bytes(2)) + slot * kBlockRows;
     const __m512i indices = _mm512_srlv_epi32(_mm512_loadu_si512(chunk), _mm512_set1_epi32(static_cast<int>(2 * slot)));
-    const __m512i low = _mm512_load_si512(shuffles_[0]), high = _mm512_load_si512(shuffles_[1]);
+    const __m512i low = _mm512_load_si512(kShuffles.pairs[0]), high = _mm512_load_si512(kShuffles.pairs[1]);
     __builtin_prefetch(chunk + kFarBytes);
 #pragma GCC unroll 8
     for (int group = 0; group < 8; ++group) {
@@ -62,7 +69,7 @@ class DecodeOfFour {
   }
 
  private:
-  alignas(64) uint32_t shuffles_[2][16] = {};
+  static constexpr ShufflesOfFour<kN> kShuffles{};
 };
 
 // An even number of every eight, sixteen or thirty-two, known when this is compiled: which of the two slots of a lane goes

@@ -3,8 +3,8 @@
 //   for every kAmxPassTokens tokens                   bounds the working memory
 //     lay the activations out in tiles [pair of tiles of tokens][step of 32 columns][tile], shared by all threads
 //     for every group of pairs of blocks of rows of this thread
-//       for every piece of at most kPieceSteps steps, whose activations stay in L2 throughout the group (all steps at once for
-//       as few tokens as two tiles hold)
+//       for every piece of at most kPieceSteps steps, whose activations stay in L2 throughout the group (all steps at
+//       once for as few tokens as two tiles hold)
 //         for every pair of blocks, for every pair of tiles of tokens: multiply_tiles
 //       scale, add the bias, round, store
 //
@@ -15,7 +15,6 @@
 
 #include <immintrin.h>
 #include <omp.h>
-#include <string.h>
 
 #include "amx_decode.h"
 #include "amx_tiles.h"
@@ -23,7 +22,6 @@
 #include "interleaved.h"
 #include "maskpro_kernels.h"
 #include "nm_linear.h"
-#include "prefetch.h"
 #include "scratch.h"
 #include "vector_avx512.h"
 
@@ -150,6 +148,13 @@ class AmxTokens {
   static constexpr int64_t kSerialTokens = 16;
   static constexpr int64_t kDecodedFloats = kPieceSteps * 2 * kWeightTileBytes / 4;
 
+  // By whether there are two blocks and two tiles of tokens, and whether they are the first to meet their weights.
+  static constexpr decltype(&multiply_tiles<Decoder, 1, 1, false>) kMultiply[2][2][2] = {
+      {{multiply_tiles<Decoder, 1, 1, false>, multiply_tiles<Decoder, 1, 1, true>},
+       {multiply_tiles<Decoder, 1, 2, false>, multiply_tiles<Decoder, 1, 2, true>}},
+      {{multiply_tiles<Decoder, 2, 1, false>, multiply_tiles<Decoder, 2, 1, true>},
+       {multiply_tiles<Decoder, 2, 2, false>, multiply_tiles<Decoder, 2, 2, true>}}};
+
   // At most kPieceSteps, and no short piece at the end: sums are stored and loaded again between pieces.
   static int64_t even_piece(int64_t steps) {
     const int64_t pieces = (steps + kPieceSteps - 1) / kPieceSteps;
@@ -185,30 +190,17 @@ class AmxTokens {
   // sums = x W^T for the blocks [block, end) of one group: [block][tile of tokens][token][row].
   void multiply(int64_t block, int64_t end, int64_t tokens, uint8_t* decoded, float* sums) const {
     for (int64_t step = 0; step < steps_; step += piece_) {
+      const int64_t steps = step + piece_ < steps_ ? piece_ : steps_ - step;
       for (int64_t b = block; b < end; b += 2) {
         const uint8_t* weight = call_.weight + b * sizes_.block_bytes;
         float* to = sums + (b - block) * sums_stride(tokens);
         for (int64_t tile = 0; tile < tiles(tokens); tile += 2) {
-          choose(end - b, tiles(tokens) - tile, tile == 0, weight, step, decoded, tile, to + tile * kSumsFloats,
-                 sums_stride(tokens));
+          const auto run = kMultiply[end - b > 1][tiles(tokens) - tile > 1][tile == 0];
+          run(decode_, weight, sizes_.block_bytes, step, steps, decoded, x_tile(tile, step), tile_bytes_,
+              to + tile * kSumsFloats, sums_stride(tokens), step == 0);
         }
       }
     }
-  }
-
-  void choose(int64_t blocks, int64_t tiles, bool decodes, const uint8_t* weight, int64_t step, uint8_t* decoded,
-              int64_t tile, float* sums, int64_t stride) const {
-    auto* const run = blocks > 1 ? (tiles > 1 ? (decodes ? &multiply_tiles<Decoder, 2, 2, true>
-                                                         : &multiply_tiles<Decoder, 2, 2, false>)
-                                              : (decodes ? &multiply_tiles<Decoder, 2, 1, true>
-                                                         : &multiply_tiles<Decoder, 2, 1, false>))
-                                 : (tiles > 1 ? (decodes ? &multiply_tiles<Decoder, 1, 2, true>
-                                                         : &multiply_tiles<Decoder, 1, 2, false>)
-                                              : (decodes ? &multiply_tiles<Decoder, 1, 1, true>
-                                                         : &multiply_tiles<Decoder, 1, 1, false>));
-    const int64_t rest = steps_ - step;
-    run(decode_, weight, sizes_.block_bytes, step, rest < piece_ ? rest : piece_, decoded, x_tile(tile, step),
-        tile_bytes_, sums, stride, step == 0);
   }
 
   // Both blocks of a pair, token by token: together they fill a line of y.

@@ -6,7 +6,6 @@ import os
 import platform
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +14,7 @@ import torch
 from maskpro_kernels import NMPattern
 from maskpro_kernels.packing import pack
 from maskpro_serve.checkpoint import PackedFormat
+from maskpro_serve.cpu_defaults import preloads
 from maskpro_serve.quantization import linear
 from maskpro_serve.quantization.config import MaskProConfig
 from maskpro_serve.scheme import LinearScheme
@@ -39,13 +39,9 @@ print(before - memory().rss)
 """
 
 
-def tcmalloc() -> str:
-    return next((str(path) for path in Path("/usr/lib").glob("*/libtcmalloc_minimal.so.4")), "")
-
-
 @pytest.mark.parametrize("allocator", ["glibc", "tcmalloc"])
 def test_freed_pages_go_back_to_the_system(allocator):
-    preload = tcmalloc() if allocator == "tcmalloc" else ""
+    preload = "".join(str(path) for path in preloads() if allocator in path.name)
     if allocator == "tcmalloc" and not preload:
         pytest.skip("tcmalloc is not installed")
     if allocator == "glibc" and platform.libc_ver()[0] != "glibc":
