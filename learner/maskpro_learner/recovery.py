@@ -26,6 +26,7 @@ from maskpro_kernels import NMPattern
 from maskpro_kernels.bits import pack_bits
 from maskpro_kernels.recovery import LowRank
 from maskpro_learner.checkpointed import digest, read_checkpoint, run_steps, write_checkpoint
+from maskpro_learner.divergence import divergence
 from maskpro_learner.errors import LearnerError
 from maskpro_learner.layers import select_layers, weights_restored
 from maskpro_learner.refit import damped, low_rank_refit, root_mean_square
@@ -251,7 +252,8 @@ def distill(
     """Trains the updates so that the pruned model predicts what the dense one does.
 
     Args:
-        model: holds the dense weights, float32; they are as before at the end.
+        model: holds the dense weights, float32, or bfloat16 if it is to compute in that (the factors stay float32);
+            they are as before at the end.
         teacher: the dense model, another instance.
         tokens: int64 (samples, length), text; every position of it counts.
         masks: weight name to boolean mask.
@@ -363,9 +365,8 @@ class _Distillation:
         for part in blocks.split(self._config.batch):
             ids = part.to(self._model.device)
             with torch.no_grad():
-                target = self._teacher(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
-            predicted = self._model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
-            loss = nn.functional.kl_div(predicted, target, log_target=True, reduction="sum") / blocks.numel()
+                target = self._teacher(input_ids=ids, use_cache=False).logits
+            loss = divergence(self._model(input_ids=ids, use_cache=False).logits, target) / blocks.numel()
             loss.backward()
             total += float(loss.detach())
         if not math.isfinite(total):

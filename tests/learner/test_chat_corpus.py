@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from maskpro_learner import ModelError
-from maskpro_learner.chat_corpus import answer, main, render_prompt, write_chat_corpus
+from maskpro_learner.chat_corpus import answer, main, own_prompts, render_prompt, write_chat_corpus
 from maskpro_learner.chat_prompts import prompt_families, seed_prompts
 
 
@@ -48,6 +49,47 @@ def test_batched_answers_are_those_of_one_prompt_alone(
         assert text == (tokenizer.decode(new[:-1], skip_special_tokens=True).strip() if new[-1] == 2 else None)
     sampled = [answer(model, tokenizer, prompts, max_new_tokens=40, temperature=1.0, seed=seed) for seed in (1, 1, 2)]
     assert sampled[0] == sampled[1] != sampled[2]
+    whole = answer(model, tokenizer, prompts, max_new_tokens=12, keep_unfinished=True)
+    assert None in together  # so that something is left to keep
+    for text, kept in zip(together, whole, strict=True):
+        assert kept is not None
+        assert text in (None, kept)
+
+
+def test_sampled_answers_follow_the_softmax(
+    tiny_model: Callable[[], PreTrainedModel], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model, draws, temperature = tiny_model(), 4000, 0.7
+    ids = torch.tensor([tokenizer(render_prompt(tokenizer, [{"role": "user", "content": "cat"}]))["input_ids"]])
+    with torch.inference_mode():
+        wanted = (model(ids).logits[0, -1].float() / temperature).softmax(-1)
+    texts = answer(
+        model, tokenizer, ["cat"] * draws, max_new_tokens=1, temperature=temperature, seed=5, keep_unfinished=True
+    )
+    words = [tokenizer.decode([token], skip_special_tokens=True).strip() for token in range(len(wanted))]
+    expected = {word: draws * sum(float(p) for p, w in zip(wanted, words, strict=True) if w == word) for word in words}
+    found = Counter(texts)
+    assert found.keys() <= expected.keys()
+    deviation = sum((found[word] - count) ** 2 / count for word, count in expected.items())
+    assert deviation < len(expected) + 5 * (2 * len(expected)) ** 0.5  # chi-square: mean k, variance 2 k
+
+
+def test_a_model_writes_prompts_of_its_own(
+    tiny_model: Callable[[], PreTrainedModel], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model = tiny_model()
+    with torch.no_grad():  # an end token that comes up now and then
+        model.lm_head.weight[2] = model.lm_head.weight[5:20].mean(0) * 3
+    tried: list[int] = []
+    prompts = own_prompts(model, tokenizer, 40, batch=16, max_tokens=12, seed=1, advance=tried.append)
+    assert tried == [16, 16, 8]
+    assert 1 <= len(prompts) == len(set(prompts)) < 40
+    assert all(prompts)
+    assert prompts == own_prompts(model, tokenizer, 40, batch=16, max_tokens=12, seed=1)
+    assert prompts != own_prompts(model, tokenizer, 40, batch=16, max_tokens=12, seed=2)
+    tokenizer.chat_template = "{{ 'always the same' }}"
+    with pytest.raises(ModelError, match="leaves out the user's message"):
+        own_prompts(model, tokenizer, 4)
 
 
 def test_command_line(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -60,6 +102,9 @@ def test_command_line(model_folder: Path, tmp_path: Path, capsys: pytest.Capture
         assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
         assert all(message["content"] for message in row["messages"])
     assert f"{len(rows)} conversations from 12 prompts" in capsys.readouterr().out
+    own = tmp_path / "own.jsonl"
+    assert main([*arguments, "--output", str(own), "--own-prompts", "--prompts", "24", "--temperature", "1"]) == 0
+    assert 1 <= len(own.read_text().splitlines()) <= 24
     before = output.read_bytes()
     for bad, message in (
         (["--model", str(tmp_path / "absent")], "no such model folder"),

@@ -8,11 +8,13 @@ import json
 
 import pytest
 import torch
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from maskpro_kernels import NMPattern, read_recovery, write_masks
 from maskpro_kernels.packing import magnitude_mask
 from maskpro_learner import LearnerError, initial_masks
+from maskpro_learner.divergence import divergence
 from maskpro_learner.recover_cli import main
 from maskpro_learner.recovery import RecoverConfig, distill, reconstruct
 from maskpro_learner.refit import damped, low_rank_refit, refit
@@ -145,6 +147,39 @@ def test_a_checkpoint_of_another_run_is_refused(tiny, tmp_path):
     assert checkpoint.read_bytes() == saved
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_divergence_is_that_of_torch_and_so_is_its_gradient(dtype):
+    generator = torch.Generator().manual_seed(3)
+    # Wide and long enough for several chunks, with a last one that is not full.
+    ours, theirs = (torch.randn(3, 7, 100_003, generator=generator).mul(4).to(dtype) for _ in range(2))
+    logits = ours.clone().requires_grad_()
+    found = divergence(logits, theirs)
+    (2 * found).backward()
+    exact = ours.double().requires_grad_()
+    wanted = nn.functional.kl_div(
+        exact.log_softmax(-1), theirs.double().log_softmax(-1), log_target=True, reduction="sum"
+    )
+    (2 * wanted).backward()
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-5)
+    assert logits.grad.dtype is dtype
+    assert torch.allclose(logits.grad.double(), exact.grad, rtol=1e-2 if dtype is torch.bfloat16 else 1e-4, atol=1e-7)
+
+
+def test_distillation_in_bfloat16_trains_float32_factors(tiny):
+    model, tokens, masks = tiny
+    halved = copy.deepcopy(model).bfloat16()
+    start = recover(tiny, dataclasses.replace(CONFIG, steps=0))
+    steps = []
+    found = distill(
+        halved, copy.deepcopy(halved), tokens, masks, PATTERN, start, dataclasses.replace(CONFIG, steps=20),
+        on_step=steps.append,
+    )  # fmt: skip
+    assert all(update.b.dtype is update.a.dtype is torch.float32 for update in found.values())
+    assert sum(s.divergence for s in steps[-5:]) < 0.9 * sum(s.divergence for s in steps[:5])
+    after = zip(halved.parameters(), model.parameters(), strict=True)
+    assert all(torch.equal(weight, was.bfloat16()) for weight, was in after)
+
+
 def test_masks_of_another_model_are_refused(tiny):
     model, tokens, masks = tiny
     wrong = {"model.layers.9.mlp.up_proj.weight": next(iter(masks.values()))}
@@ -176,8 +211,11 @@ def test_the_command_writes_a_recovery_file(model_folder, text_file, tmp_path, c
     assert "tokens (12000 samples of 16), found" in capsys.readouterr().err
     assert main([*command, "--distill-samples", "4", "4"]) == 2
     assert "expected 1 numbers, one for each calibration source, found 2" in capsys.readouterr().err
-    assert main([*command, "--distill-samples", "4", "--start", str(output)]) == 0
+    assert file.provenance["dtype"] == "float32"
+    more = ["--distill-samples", "4", "--start", str(output), "--dtype", "bfloat16"]
+    assert main([*command, *more]) == 0
     assert read_recovery(output).provenance["distill_samples"] == "4"
+    assert read_recovery(output).provenance["dtype"] == "bfloat16"
     assert main([*command, "--rank", "0"]) == 2
     assert "rank: expected at least 1, found 0" in capsys.readouterr().err
 
