@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -65,7 +66,7 @@ def read_documents(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[Docum
     if path.suffix != ".jsonl":
         raise CalibrationError(f"{path}: expected a calibration file ending in .txt or .jsonl, found {path.name!r}")
     documents = []
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -86,7 +87,10 @@ def _document(row: Any, where: str, tokenizer: PreTrainedTokenizerBase) -> Docum
         case {"messages": [_, *_] as messages} if all(_is_message(message) for message in messages):
             if not tokenizer.chat_template:
                 raise CalibrationError(f"{where}: holds chat messages, but the model's tokenizer has no chat template")
-            return Document(str(tokenizer.apply_chat_template(messages, tokenize=False)), chat=True)
+            try:
+                return Document(str(tokenizer.apply_chat_template(messages, tokenize=False)), chat=True)
+            except TemplateError as error:
+                raise CalibrationError(f"{where}: the model's chat template refuses it: {error}") from error
     found = f"the fields {sorted(fields)}" if fields else f"a {type(row).__name__}"
     raise CalibrationError(
         f"{where}: expected the fields text, prefix and gold_completion, or messages (role and content), found {found}"

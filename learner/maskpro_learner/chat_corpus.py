@@ -11,7 +11,10 @@ arXiv:2406.08464).
 from __future__ import annotations
 
 import argparse
+import hashlib
+import itertools
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +27,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, 
 from maskpro_kernels.files import write_atomically
 from maskpro_learner.chat_prompts import seed_prompts
 from maskpro_learner.checkpoints import load_model, load_tokenizer
+from maskpro_learner.command_line import check_device
 from maskpro_learner.errors import LearnerError, ModelError
 from maskpro_learner.progress import progress_bar, quiet_transformers
 
@@ -59,9 +63,10 @@ class _Sampling(LogitsProcessor):
         self._generator = torch.Generator(device).manual_seed(seed)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        noise = torch.empty(scores.shape, dtype=torch.float32, device=scores.device)
-        noise.uniform_(1e-7, 1 - 1e-7, generator=self._generator).log_().neg_().log_()
-        return scores.float().div_(self._temperature).sub_(noise)  # type: ignore[return-value]
+        # Single precision has no variate above 17, which one draw in 500 from 50,000 tokens should exceed.
+        noise = torch.empty(scores.shape, dtype=torch.float64, device=scores.device)
+        noise.uniform_(1e-15, 1 - 1e-15, generator=self._generator).log_().neg_().log_()
+        return noise.neg_().add_(scores.double().div_(self._temperature))  # type: ignore[return-value]
 
 
 @contextmanager
@@ -72,6 +77,9 @@ def _rows_for_the_head(model: PreTrainedModel) -> Iterator[None]:
     for every prompt: 7 GB for 128 of them.
     """
     head = model.get_output_embeddings()
+    if head is None:
+        yield
+        return
     hook = head.register_forward_pre_hook(lambda module, inputs: (inputs[0].contiguous(),))
     try:
         yield
@@ -82,24 +90,25 @@ def _rows_for_the_head(model: PreTrainedModel) -> Iterator[None]:
 def _generate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_new_tokens: int,
     temperature: float, seed: int,
-) -> list[tuple[str, bool]]:  # fmt: skip
-    """What the model writes after each text, and whether it ended by itself."""
+) -> list[tuple[list[int], bool]]:  # fmt: skip
+    """What the model writes after each text, in tokens, and whether it ended by itself."""
     encoded = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     width = max(len(ids) for ids in encoded)
-    end = tokenizer.eos_token_id
+    end: int = tokenizer.eos_token_id
+    configured = getattr(model.generation_config, "eos_token_id", None)  # chat models may end a turn with another one
+    ends = {end, *(configured if isinstance(configured, list) else [] if configured is None else [configured])}
     ids = torch.tensor([[end] * (width - len(row)) + row for row in encoded], device=model.device)
     attention = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in encoded], device=model.device)
     sampling = [_Sampling(temperature, seed, model.device)] if temperature > 0 else []
     with torch.inference_mode(), _rows_for_the_head(model):
         generated: Tensor = model.generate(  # type: ignore[operator]
-            inputs=ids, attention_mask=attention, max_new_tokens=max_new_tokens, pad_token_id=end, eos_token_id=end,
-            do_sample=False, logits_processor=LogitsProcessorList(sampling),
+            inputs=ids, attention_mask=attention, max_new_tokens=max_new_tokens, pad_token_id=end,
+            eos_token_id=sorted(ends), do_sample=False, logits_processor=LogitsProcessorList(sampling),
         )  # fmt: skip
     written = []
     for row in generated[:, width:].tolist():
-        finished = end in row
-        tokens = row[: row.index(end)] if finished else row
-        written.append((str(tokenizer.decode(tokens, skip_special_tokens=True)).strip(), finished))
+        tokens = list(itertools.takewhile(lambda token: token not in ends, row))
+        written.append((tokens, len(tokens) < len(row)))
     return written
 
 
@@ -122,24 +131,42 @@ def own_prompts(
         count: messages to try; those longer than ``max_tokens``, empty or written before are left out.
         batch: messages written at once.
         max_tokens: the most a message may take.
-        temperature: 0 would write the same message again and again.
+        temperature: of the sampling, above 0.
         seed: of the sampling.
         advance: called with the number of messages tried.
 
     Raises:
-        ModelError: the chat template does not show where the user's message begins.
+        ModelError: the chat template does not show where the user's message begins, or no message ended in time.
     """
     marker = "\N{SYMBOL FOR START OF TEXT}"
-    head, found, _ = render_prompt(tokenizer, [{"role": "user", "content": marker}]).partition(marker)
+    head, found, tail = render_prompt(tokenizer, [{"role": "user", "content": marker}]).partition(marker)
     if not found:
         raise ModelError("the chat template leaves out the user's message: expected it in the prompt")
+    turn = tail.strip()  # where turns do not end with an end token, the model writes this and goes on
     prompts: dict[str, None] = {}
     for start in range(0, count, batch):
         size = min(batch, count - start)
-        written = _generate(model, tokenizer, [head] * size, max_tokens, temperature, seed + start)
-        prompts |= {text: None for text, finished in written if finished and text}
+        seeded = _seed(seed, "prompts", start)
+        for tokens, finished in _generate(model, tokenizer, [head] * size, max_tokens, temperature, seeded):
+            text, ended, _ = (
+                str(tokenizer.decode(tokens)).partition(turn) if turn else (_text(tokenizer, tokens), "", "")
+            )
+            if (finished or ended) and text.strip():
+                prompts[text.strip()] = None
         advance(size)
+    if not prompts:
+        raise ModelError(f"no message of a user ended within {max_tokens} tokens: expected at least one")
     return list(prompts)
+
+
+def _seed(seed: int, stage: str, start: int) -> int:
+    """One for each batch of each stage of each run, so that none has another's noise."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {stage} {start}".encode()).digest()[:7])
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
+    text = str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+    return text.rstrip("\N{REPLACEMENT CHARACTER}")  # of a character whose last bytes were cut off
 
 
 def answer(
@@ -168,7 +195,7 @@ def answer(
     """
     texts = [render_prompt(tokenizer, [{"role": "user", "content": prompt}]) for prompt in prompts]
     written = _generate(model, tokenizer, texts, max_new_tokens, temperature, seed)
-    return [text if finished or keep_unfinished else None for text, finished in written]
+    return [_text(tokenizer, tokens) if finished or keep_unfinished else None for tokens, finished in written]
 
 
 def write_chat_corpus(
@@ -187,7 +214,8 @@ def write_chat_corpus(
     """Writes one ``{"messages": [user, assistant]}`` line per prompt whose answer ended in time, in prompt order.
 
     Answers cut off in the middle are left out, for a loss on the text would teach to stop there; ``keep_unfinished`` is
-    for distillation, which asks the dense model at every position what it would say.
+    for distillation, which asks the dense model at every position what it would say. The file is written anew after
+    every batch, so that a stop keeps what is done.
 
     Returns:
         The number of conversations written.
@@ -201,18 +229,40 @@ def write_chat_corpus(
     for start in range(0, len(prompts), batch):
         part = prompts[start : start + batch]
         texts = answer(
-            model, tokenizer, part, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed + start,
+            model, tokenizer, part, max_new_tokens=max_new_tokens, temperature=temperature,
+            seed=_seed(seed, "answers", start),
             keep_unfinished=keep_unfinished,
         )  # fmt: skip
         for prompt, text in zip(part, texts, strict=True):
             if text:
                 messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
                 lines.append(json.dumps({"messages": messages}, ensure_ascii=False))
+        if lines:
+            write_atomically(output, ("\n".join(lines) + "\n").encode())
         advance(len(part))
     if not lines:
         raise ModelError(f"no answer ended within {max_new_tokens} tokens: expected at least one")
-    write_atomically(output, ("\n".join(lines) + "\n").encode())
     return len(lines)
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Checks what argparse does not.
+
+    Raises:
+        LearnerError: a number out of its range, or a device that is not there.
+    """
+    for name, wrong in (
+        ("prompts", options.prompts < 1 and options.own_prompts),
+        ("batch", options.batch < 1),
+        ("max_new_tokens", options.max_new_tokens < 1),
+    ):
+        if wrong:
+            raise LearnerError(f"--{name.replace('_', '-')}: expected at least 1, found {getattr(options, name)}")
+    if not 0 <= options.temperature < math.inf:
+        raise LearnerError(f"--temperature: expected 0 or above, found {options.temperature}")
+    if not 0 < options.prompt_temperature < math.inf:
+        raise LearnerError(f"--prompt-temperature: expected above 0, found {options.prompt_temperature}")
+    check_device(options.device)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -230,7 +280,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--keep-unfinished", action="store_true", help="keep answers that are cut off (for distillation only)"
     )
     parser.add_argument("--max-new-tokens", type=int, default=192, help="the most an answer may take (default 192)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
+    parser.add_argument("--temperature", type=float, default=0.0, help="of the answers; 0 (default) is greedy")
+    parser.add_argument("--prompt-temperature", type=float, default=1.0, help="of --own-prompts (default 1)")
     parser.add_argument("--batch", type=int, default=64, help="answers written at once (default 64)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="compute dtype")
@@ -238,6 +289,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     quiet_transformers()
     try:
+        _check(options)
         prompts = [] if options.own_prompts else seed_prompts(options.prompts, options.seed)
         if not options.output.parent.is_dir():
             raise LearnerError(f"{options.output}: its folder does not exist")
@@ -247,8 +299,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             check_chat(tokenizer)
             with progress_bar("writing prompts", options.prompts) as advance:
                 prompts = own_prompts(
-                    model, tokenizer, options.prompts, batch=options.batch, temperature=options.temperature,
-                    seed=options.seed, advance=advance,
+                    model, tokenizer, options.prompts, batch=options.batch,
+                    temperature=options.prompt_temperature, seed=options.seed, advance=advance,
                 )  # fmt: skip
         with progress_bar("writing answers", len(prompts)) as advance:
             written = write_chat_corpus(
@@ -256,6 +308,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 max_new_tokens=options.max_new_tokens, temperature=options.temperature, seed=options.seed,
                 keep_unfinished=options.keep_unfinished, advance=advance,
             )  # fmt: skip
+    except KeyboardInterrupt:
+        return 130
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

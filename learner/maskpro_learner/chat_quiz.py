@@ -126,7 +126,7 @@ def read_questions(path: Path = SHIPPED) -> list[Question]:
         LearnerError: missing, empty or malformed; names the file and line, expected and found.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError as error:
         raise LearnerError(f"{path}: no such file of questions") from error
     except (OSError, UnicodeDecodeError) as error:

@@ -47,8 +47,11 @@ def run_steps(
         stop: asked before every step; True ends early.
 
     Raises:
+        LearnerError: more steps are done than the run is to have.
         OSError: the checkpoint cannot be written; the last one is intact.
     """
+    if run.done > steps:
+        raise LearnerError(f"{checkpoint}: expected at most {steps} steps done, found {run.done}: give as many or more")
     written = time.monotonic()
     while run.done < steps and not stop():
         on_step(run.advance())

@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from maskpro_kernels.model_folder import CheckpointError, weight_files
 from maskpro_kernels.packed_checkpoint import QUANT_METHOD
 from maskpro_learner.errors import ModelError
 
@@ -99,8 +100,12 @@ def weights_sha256(name: str) -> str | None:
     folder = Path(name)
     if not folder.is_dir():
         return None
+    try:
+        paths = weight_files(folder)  # a mask may lie in the same folder
+    except CheckpointError:
+        paths = sorted(folder.glob("*.bin"))
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")):
+    for path in paths:
         update_from_file(digest, path)
     return digest.hexdigest()
 

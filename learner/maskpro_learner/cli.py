@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import cast
 
@@ -14,24 +15,29 @@ from rich.table import Table
 from torch import Tensor
 
 from maskpro_kernels import NMPattern, write_masks
+from maskpro_kernels.files import file_sha256
 from maskpro_kernels.mask_sources import SOURCES
 from maskpro_kernels.masks import ENCODINGS
 from maskpro_learner.calibration import calibration_blocks, source_name
 from maskpro_learner.checkpoints import check_model, load_model, load_tokenizer, weights_sha256
+from maskpro_learner.command_line import check_ids, check_output
 from maskpro_learner.config import STARTS, LearnConfig
 from maskpro_learner.distributed import ALONE, World, join, leave
-from maskpro_learner.errors import CalibrationError, LearnerError, ModelError
+from maskpro_learner.errors import CalibrationError, LearnerError
 from maskpro_learner.estimator import ESTIMATORS
 from maskpro_learner.initial_masks import CALIBRATED_METHODS, METHODS, InitialMasks, Method, initial_masks
 from maskpro_learner.layers import select_layers
+from maskpro_learner.learning_log import check_drawing
 from maskpro_learner.mask_sources import masks_from_path
 from maskpro_learner.progress import progress_bar, quiet_transformers
 from maskpro_learner.run import Interrupted, RunFiles, run_learning
 from maskpro_learner.trainer import Step
 
+_LEARNING = ("estimator", "learning_rate", "start", "initial_logit", "smoothing", "draws", "minibatch")
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line; argparse exits with code 2 on a bad one."""
+
+def argument_parser() -> argparse.ArgumentParser:
+    """The command line; it exits with code 2 on a bad one."""
     parser = argparse.ArgumentParser(prog="maskpro-learn", description=(__doc__ or "").partition(": ")[2])
     parser.add_argument("--model", required=True, help="dense model: a Hugging Face folder or hub id")
     parser.add_argument("--pattern", default="2:4", help="N:M, N of every M inputs are kept (default 2:4)")
@@ -67,23 +73,27 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--encoding", choices=ENCODINGS, default="bitmask", help="states is smaller, for M = 4 only")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="compute dtype")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args(argv)
+    return parser
 
 
-def provenance(options: argparse.Namespace, method: str) -> dict[str, str]:
-    """What a mask file says about where it comes from; text to text."""
+def provenance(options: argparse.Namespace, config: LearnConfig | None, source: Path | None) -> dict[str, str]:
+    """What a mask file says about where it comes from, text to text; of the inputs as they are now."""
+    method = options.init if source is None else source.resolve().name
     entries = {
         "base_model": Path(options.model).name if Path(options.model).is_dir() else options.model,
         "base_model_sha256": weights_sha256(options.model),
         "method": method,
+        "init_sha256": file_sha256(source) if source is not None and source.is_file() else None,
         "steps": str(options.steps),
         "seed": str(options.seed),
+        "dtype": options.dtype,
     }
-    if options.steps:
-        entries |= {"method": f"maskpro from {method}"}
-        names = ("estimator", "learning_rate", "start", "initial_logit", "draws", "smoothing", "minibatch")
-        entries |= {name: str(getattr(options, name)) for name in names if getattr(options, name) is not None}
-    if method in CALIBRATED_METHODS or options.steps:
+    if config is not None:
+        used = {**asdict(config), **asdict(config.settings())}
+        names = ["estimator", "learning_rate", "start", "initial_logit", "draws", "minibatch"]
+        names += ["smoothing"] if config.estimator == "smoothed" else []
+        entries |= {"method": f"maskpro from {method}"} | {name: str(used[name]) for name in names}
+    if method in CALIBRATED_METHODS or config is not None:
         sources = ", ".join(map(source_name, options.calibration))
         entries |= {"calibration": sources, "samples": str(options.samples), "length": str(options.length)}
     return {key: value for key, value in entries.items() if value is not None}
@@ -115,8 +125,11 @@ def learn(options: argparse.Namespace, console: Console, world: World = ALONE) -
     source = None if options.init in METHODS else Path(options.init)
     if source is not None and not source.exists():
         raise LearnerError(f"--init {options.init}: expected one of {', '.join(METHODS)}, {SOURCES}: no such path")
-    if not options.output.parent.is_dir():
-        raise LearnerError(f"{options.output}: its folder does not exist")
+    files = RunFiles.beside(options.output)
+    check_output(
+        options.output, (files.checkpoint, files.log, files.curve) if options.steps else (),
+        [*options.calibration, *([source] if source else [])],
+    )  # fmt: skip
     check_model(options.model)
     if options.encoding == "states" and pattern.m != 4:
         raise LearnerError(f"--encoding states is for groups of 4, found pattern {pattern}: use bitmask")
@@ -131,8 +144,9 @@ def learn(options: argparse.Namespace, console: Console, world: World = ALONE) -
             options.calibration, tokenizer, samples=options.samples, length=options.length, seed=options.seed
         )
     model = load_model(options.model, getattr(torch, options.dtype), options.device)
-    if tokens is not None and int(tokens.max()) >= model.get_input_embeddings().num_embeddings:  # type: ignore[operator]
-        raise ModelError(f"{options.model}: the tokenizer makes ids that the model's embedding does not have")
+    if tokens is not None:
+        check_ids(model, options.model, tokens)
+    origin = provenance(options, config, source)
     if source is not None:
         result = masks_from_path(source, model, pattern, include=options.include, exclude=options.exclude)
     else:
@@ -147,7 +161,6 @@ def learn(options: argparse.Namespace, console: Console, world: World = ALONE) -
         assert tokens is not None
         if source is None:
             model = load_model(options.model, getattr(torch, options.dtype), options.device)  # initial_masks pruned it
-        files = RunFiles.beside(options.output)
         learned, steps = run_learning(
             model, tokens, result.masks, config, files,
             checkpoint_seconds=60 * options.checkpoint_minutes, world=world,
@@ -156,10 +169,7 @@ def learn(options: argparse.Namespace, console: Console, world: World = ALONE) -
             return
         rows = learning_rows(result.masks, learned, steps)
         result = InitialMasks(learned, result.dense)
-    write_masks(
-        options.output, result.masks, pattern,
-        provenance=provenance(options, source.resolve().name if source else options.init), encoding=options.encoding,
-    )  # fmt: skip
+    write_masks(options.output, result.masks, pattern, provenance=origin, encoding=options.encoding)
     if config is not None:
         files.checkpoint.unlink(missing_ok=True)  # not before the mask is safe
     console.print(summary(result, [
@@ -176,7 +186,11 @@ def _learn_config(options: argparse.Namespace, pattern: NMPattern, world: World)
     if options.steps == 0:
         if world.size > 1:
             raise LearnerError("torchrun: several processes are for learning: give --steps")
+        for name in _LEARNING:
+            if getattr(options, name) != argument_parser().get_default(name):
+                raise LearnerError(f"--{name.replace('_', '-')} is for learning: give --steps")
         return None
+    check_drawing()
     return LearnConfig(
         pattern, options.steps, options.estimator, options.learning_rate, options.start, options.initial_logit,
         options.smoothing, options.draws, options.minibatch, options.batch, options.seed,
@@ -203,7 +217,7 @@ def learning_rows(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code: 0, 2 for an input that cannot be used, 128 + n after signal n."""
-    options = parse_arguments(argv)
+    options = argument_parser().parse_args(argv)
     quiet_transformers()
     world = ALONE
     try:
@@ -216,6 +230,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"maskpro-learn: {interrupted}", file=sys.stderr)
         leave(world)
         return 128 + interrupted.signal
+    except KeyboardInterrupt:
+        return 130
     except (ValueError, OSError) as error:
         where = ""
         if isinstance(error, OSError) and error.errno is not None and error.filename is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from maskpro_kernels import NMPattern
@@ -55,11 +56,11 @@ class LearnConfig:
             if getattr(self, name) < 1:
                 raise LearnerError(f"learning: {name}: expected at least 1, found {getattr(self, name)}")
         used = self.settings()
-        least = 1 if DEFAULTS[self.estimator].draws == 1 else 2
-        if not least <= used.draws <= MAX_GAIN_DRAWS:
-            raise LearnerError(
-                f"learning: draws: {self.estimator} compares {least} to {MAX_GAIN_DRAWS}, found {used.draws}"
-            )
+        least, most = (1, 1) if DEFAULTS[self.estimator].draws == 1 else (2, MAX_GAIN_DRAWS)
+        if not least <= used.draws <= most:
+            raise LearnerError(f"learning: draws: {self.estimator} compares {least} to {most}, found {used.draws}")
+        if not 0 < used.initial_logit < math.inf:  # below 0 the least likely mask would be the initial one
+            raise LearnerError(f"learning: initial_logit: expected above 0 and finite, found {used.initial_logit}")
         if not 0 <= self.smoothing < 1 or not used.learning_rate > 0:
             raise LearnerError(
                 f"learning: expected 0 <= smoothing < 1 and learning_rate > 0, found {self.smoothing} and "

@@ -29,7 +29,7 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (grad,) = ctx.saved_tensors
-        return grad * grads[0].to(grad.dtype), None
+        return grad.mul_(grads[0].to(grad.dtype)), None  # in place: a graph is walked back once
 
 
 def divergence(predicted: Tensor, target: Tensor) -> Tensor:

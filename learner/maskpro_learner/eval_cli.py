@@ -23,6 +23,7 @@ from maskpro_learner.calibration import read_text
 from maskpro_learner.chat_corpus import check_chat
 from maskpro_learner.chat_quiz import SHIPPED, Question, QuizResult, quiz, read_questions
 from maskpro_learner.checkpoints import check_model, load_tokenizer
+from maskpro_learner.command_line import check_device
 from maskpro_learner.errors import LearnerError, ModelError
 from maskpro_learner.evaluate import Perplexity, text_perplexity
 from maskpro_learner.packed_model import EvaluatedModel, load_for_evaluation
@@ -95,10 +96,7 @@ def read_inputs(options: argparse.Namespace) -> Inputs:
             raise LearnerError(f"--{name.replace('_', '-')}: expected at least 1, found {value}")
     if options.json not in (None, _STDOUT) and not Path(options.json).parent.is_dir():
         raise LearnerError(f"--json {options.json}: its folder does not exist")
-    try:
-        torch.empty(0, device=options.device)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
-        raise LearnerError(f"--device {options.device}: {str(error).strip().partition(chr(10))[0]}") from error
+    check_device(options.device)
     check_model(options.model)
     texts = {str(path): read_text(path) for path in options.text}
     tasks = [read_task_file(Path(task)) if _is_file(task) else task for task in options.tasks]
@@ -150,7 +148,7 @@ def measure(
         chat = None
         if inputs.questions:
             with progress_bar("chat", len(inputs.questions)) as advance:
-                chat = quiz(loaded.model, tokenizer, inputs.questions, advance=advance)
+                chat = quiz(loaded.model, tokenizer, inputs.questions, batch=options.batch, advance=advance)
     except IndexError as error:
         if len(tokenizer) <= loaded.model.get_input_embeddings().num_embeddings:  # type: ignore[operator]
             raise

@@ -127,7 +127,7 @@ def read_chats(path: Path) -> list[list[dict[str, str]]]:
         CalibrationError: missing, empty, or a line without messages.
     """
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
         chats: list[list[dict[str, str]]] = [row["messages"] for row in rows]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CalibrationError(f"{path}: expected JSON lines with messages: {error}") from error

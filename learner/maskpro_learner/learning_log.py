@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import io
 import json
 import os
@@ -79,6 +80,16 @@ def read_log(path: Path) -> list[Step]:
             raise LearnerError(f"{path}: line {number}: expected a step, found {line[:60]!r}") from error
         steps[step.step] = step
     return [steps[number] for number in sorted(steps)]
+
+
+def check_drawing() -> None:
+    """Checks that :func:`draw_curve` has what it needs, so that a run does not find out at its end.
+
+    Raises:
+        LearnerError: matplotlib, which is optional, is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise LearnerError("--steps draws the run's curve with matplotlib: pip install maskpro-serve[learn]")
 
 
 def moving_average(values: Iterable[float], smoothing: float = _SMOOTHING) -> list[float]:

@@ -18,7 +18,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from maskpro_kernels import LowRank, NMPattern, NMWeight, read_masks, read_recovery, recovered, unpack
 from maskpro_kernels.packed_checkpoint import QUANT_METHOD, PackedFormat, packed_weights
-from maskpro_learner.checkpoints import check_model, load_model, weights_sha256
+from maskpro_learner.checkpoints import check_model, load_model
+from maskpro_learner.command_line import other_base
 from maskpro_learner.errors import LearnerError, ModelError
 from maskpro_learner.layers import apply_masks
 
@@ -75,7 +76,9 @@ def load_for_evaluation(
     if recovery is not None:
         _merge(model, file.masks, read_recovery(recovery, mask).updates, recovery)
     apply_masks(model, file.masks)
-    return EvaluatedModel(model, "masked", file.pattern, file.provenance, _other_base(name, mask, file.provenance))
+    warning = other_base(name, mask, file.provenance)
+    warnings = () if warning is None else (f"{warning}: these are the numbers of a mixture",)
+    return EvaluatedModel(model, "masked", file.pattern, file.provenance, warnings)
 
 
 def _merge(model: PreTrainedModel, masks: dict[str, Tensor], updates: dict[str, LowRank], file: Path) -> None:
@@ -89,15 +92,6 @@ def _merge(model: PreTrainedModel, masks: dict[str, Tensor], updates: dict[str, 
             weight.data = recovered(weight.data, mask, update)
         except ValueError as error:
             raise ModelError(f"{file}: {name}: {error}") from error
-
-
-def _other_base(name: str, mask: Path, provenance: dict[str, str]) -> tuple[str, ...]:
-    """Shapes alone do not tell a base model from its fine-tuned twin; the weights' hash does."""
-    expected, found = provenance.get("base_model_sha256"), weights_sha256(name)
-    if expected is None or found is None or expected == found:
-        return ()
-    base = provenance.get("base_model", "another model")
-    return (f"{mask} was made for weights of another hash ({base}): these are the numbers of a mixture",)
 
 
 def packed_format(name: str) -> PackedFormat | None:

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from maskpro_kernels import LowRank, MaskFile, read_masks, read_recovery, write_recovery
+from maskpro_kernels import LowRank, MaskFile, RecoveryFile, read_masks, read_recovery, write_recovery
 from maskpro_kernels.files import file_sha256
 from maskpro_learner.calibration import calibration_blocks, source_name
 from maskpro_learner.checkpoints import check_model, load_model, load_tokenizer, weights_sha256
+from maskpro_learner.command_line import check_device, check_ids, check_output, other_base
 from maskpro_learner.errors import LearnerError
 from maskpro_learner.layers import select_layers
 from maskpro_learner.progress import progress_bar, quiet_transformers
@@ -40,7 +43,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="FILE",
         help="go on from this recovery file of the same mask, instead of the block by block fit",
     )
-    parser.add_argument("--rank", type=int, default=default.rank, help=f"of the updates (default {default.rank})")
+    parser.add_argument("--rank", type=int, help=f"of the updates (default {default.rank}, or --start's)")
     data = parser.add_argument_group("calibration")
     data.add_argument(
         "--calibration", nargs="+", required=True, metavar="FILE|hub:NAME",
@@ -79,34 +82,57 @@ def recover(options: argparse.Namespace, console: Console) -> None:
         ValueError, OSError: an input that cannot be used; the message is one sentence.
         Interrupted: a signal came; the checkpoint is written.
     """
-    config = RecoverConfig(
-        options.rank, options.block_steps, options.block_learning_rate, options.steps, options.learning_rate,
-        options.minibatch, options.batch, options.seed,
-    )  # fmt: skip
-    if not options.output.parent.is_dir():
-        raise LearnerError(f"{options.output}: its folder does not exist")
+    checkpoint, log = (options.output.with_suffix(suffix) for suffix in (".checkpoint", ".jsonl"))
+    start = [options.start] if options.start is not None else []
+    check_output(
+        options.output, (checkpoint, log) if options.steps else (), [options.mask, *options.calibration, *start]
+    )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise LearnerError("torchrun: the recovery is trained by one process")
+    check_device(options.device)
     check_model(options.model)
     file = read_masks(options.mask)
+    started = read_recovery(options.start, options.mask) if start else None
+    config = _config(options, started)
+    if (warning := other_base(options.model, options.mask, file.provenance)) is not None:
+        print(f"maskpro-recover: warning: {warning}", file=sys.stderr)
     tokenizer = load_tokenizer(options.model)
     text: Tensor | None = None
     if config.steps:  # read before anything slow, so that too little text is known at once
         text = _text(options, config, tokenizer)
-    origin = _provenance(options, config)
-    checkpoint = options.output.with_suffix(".checkpoint")
-    updates: dict[str, LowRank] | None = None
+    origin = _provenance(options, config, started)
+    model = load_model(options.model, torch.float32, options.device)
+    if text is not None:
+        check_ids(model, options.model, text)
+        teacher = load_model(options.model, getattr(torch, options.dtype), options.device)
+    updates = started.updates if started is not None else None
     fits: list[BlockFit] = []
-    if options.start is not None:
-        updates = read_recovery(options.start, options.mask).updates
-    elif text is None or not checkpoint.exists():
-        updates, fits = _reconstruct(options, config, tokenizer, file)
+    if started is None and (text is None or not checkpoint.exists()):
+        updates, fits = _reconstruct(options, config, model, tokenizer, file)
     steps: list[DistillStep] = []
     if text is not None:
-        updates, steps = _distill(options, config, text, file, updates, json.dumps(origin), checkpoint)
+        model.to(teacher.dtype)  # type: ignore[arg-type]
+        updates, steps = _distill(options, config, model, teacher, text, file, updates, json.dumps(origin), checkpoint)
     assert updates is not None
     write_recovery(options.output, updates, provenance=origin)
     if text is not None:
         checkpoint.unlink(missing_ok=True)  # not before the recovery is safe
     console.print(_summary(options.output, updates, fits, steps))
+
+
+def _config(options: argparse.Namespace, started: RecoveryFile | None) -> RecoverConfig:
+    """The settings; the rank is that of the updates to start from, if there are any."""
+    rank = RecoverConfig.rank if options.rank is None else options.rank
+    if started is not None:
+        ranks = {update.b.shape[1] for update in started.updates.values()}
+        if options.rank is not None and ranks != {options.rank}:
+            expected = ", ".join(map(str, sorted(ranks)))
+            raise LearnerError(f"--rank: expected {expected}, as {options.start} has, found {rank}")
+        rank = max(ranks)
+    return RecoverConfig(
+        rank, options.block_steps, options.block_learning_rate, options.steps, options.learning_rate,
+        options.minibatch, options.batch, options.seed,
+    )  # fmt: skip
 
 
 def _text(options: argparse.Namespace, config: RecoverConfig, tokenizer: PreTrainedTokenizerBase) -> Tensor:
@@ -129,12 +155,13 @@ def _text(options: argparse.Namespace, config: RecoverConfig, tokenizer: PreTrai
 
 
 def _reconstruct(
-    options: argparse.Namespace, config: RecoverConfig, tokenizer: PreTrainedTokenizerBase, file: MaskFile
-) -> tuple[dict[str, LowRank], list[BlockFit]]:
-    model = load_model(options.model, torch.float32, options.device)
+    options: argparse.Namespace, config: RecoverConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
+    file: MaskFile,
+) -> tuple[dict[str, LowRank], list[BlockFit]]:  # fmt: skip
     tokens = calibration_blocks(
         options.calibration, tokenizer, samples=options.samples, length=options.length, seed=options.seed
     )
+    check_ids(model, options.model, tokens)
     fits: list[BlockFit] = []
     with progress_bar("block by block", len(select_layers(model, file.pattern).blocks)) as advance:
 
@@ -146,11 +173,10 @@ def _reconstruct(
 
 
 def _distill(
-    options: argparse.Namespace, config: RecoverConfig, tokens: Tensor, file: MaskFile,
-    updates: dict[str, LowRank] | None, origin: str, checkpoint: Path,
+    options: argparse.Namespace, config: RecoverConfig, model: PreTrainedModel, teacher: PreTrainedModel,
+    tokens: Tensor, file: MaskFile, updates: dict[str, LowRank] | None, origin: str, checkpoint: Path,
 ) -> tuple[dict[str, LowRank], list[DistillStep]]:  # fmt: skip
     """Distillation at a terminal: progress, a line a step in the log, checkpoints, a stop that loses nothing."""
-    model, teacher = (load_model(options.model, getattr(torch, options.dtype), options.device) for _ in range(2))
     stop = StopRequest()
     steps: list[DistillStep] = []
     columns = (
@@ -184,21 +210,27 @@ def _distill(
     return found, steps
 
 
-def _provenance(options: argparse.Namespace, config: RecoverConfig) -> dict[str, str]:
-    """What a recovery file says about where it comes from; text to text."""
-    entries = {
+def _provenance(options: argparse.Namespace, config: RecoverConfig, started: RecoveryFile | None) -> dict[str, str]:
+    """What a recovery file says about where it comes from, text to text; what it started from under ``start_``."""
+    entries: dict[str, Any] = {
         "base_model": Path(options.model).name if Path(options.model).is_dir() else options.model,
         "base_model_sha256": weights_sha256(options.model),
         "mask_sha256": file_sha256(options.mask),
         "calibration": ", ".join(map(source_name, options.calibration)),
-        "samples": options.samples,
         "length": options.length,
-        "distill_samples": options.distill_samples and " ".join(map(str, options.distill_samples)),
-        **asdict(config),
-        "dtype": options.dtype if config.steps else None,
+        "rank": config.rank,
+        "seed": config.seed,
     }
-    if options.start is not None:
+    if started is None:
+        fit = ("block_steps", "block_learning_rate", "batch")
+        entries |= {"samples": options.samples} | {name: getattr(config, name) for name in fit}
+    else:
         entries["start_sha256"] = file_sha256(options.start)
+        entries |= {f"start_{key}": value for key, value in started.provenance.items() if key not in entries}
+    if config.steps:
+        training = ("steps", "learning_rate", "minibatch", "batch")
+        entries |= {name: getattr(config, name) for name in training} | {"dtype": options.dtype}
+        entries["distill_samples"] = options.distill_samples and " ".join(map(str, options.distill_samples))
     return {key: str(value) for key, value in entries.items() if value is not None}
 
 
@@ -227,6 +259,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Interrupted as interrupted:
         print(f"maskpro-recover: {interrupted}", file=sys.stderr)
         return 128 + interrupted.signal
+    except KeyboardInterrupt:
+        return 130
     except (ValueError, OSError) as error:
         print(f"maskpro-recover: error: {error}", file=sys.stderr)
         return 2

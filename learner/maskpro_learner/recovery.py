@@ -141,6 +141,9 @@ def reconstruct(
     Returns:
         Weight name to update.
 
+    Raises:
+        LearnerError: masks of other layers, or a fit whose error is not finite.
+
     Cost: per layer, 80 products of (out, in) with (in, in), and five eigendecompositions of the smaller side; per
         block, ``block_steps`` forward and backward passes over ``batch`` blocks of text.
     """
@@ -174,10 +177,12 @@ def _train_block(
     index: int, runner: BlockRunner, targets: list[Tensor], modules: dict[str, _Recovered], config: RecoverConfig
 ) -> BlockFit:
     """Trains one block's updates on the mean squared difference from the dense model's hidden states."""
+    before = _relative_error(index, runner, targets)
     factors = [factor for module in modules.values() for factor in module.parameters()]
+    if not factors or not config.block_steps:  # no factors: the masks leave this block dense
+        return BlockFit(index, before, before)
     adam = relative_adam(factors)
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + index)
-    before = _relative_error(index, runner, targets)
     order: list[int] = []
     for step in range(config.block_steps):
         if not order:
@@ -189,7 +194,10 @@ def _train_block(
             difference = runner.call(index, runner.hidden[position]) - targets[position]
             (difference.square().sum() / targets[position].square().sum()).backward()
         adam.step()
-    return BlockFit(index, before, _relative_error(index, runner, targets) if config.block_steps else before)
+    after = _relative_error(index, runner, targets)
+    if not math.isfinite(after):
+        raise LearnerError(f"block {index}: the error of its fit is {after}: lower --block-learning-rate")
+    return BlockFit(index, before, after)
 
 
 @torch.no_grad()

@@ -58,7 +58,9 @@ class _Collector:
                 self.statistics.setdefault(name, self._last[1])
                 if self.statistics[name] is self._last[1]:
                     return  # already counted
-            statistics = self.statistics.setdefault(name, InputStatistics(module, with_gram=self._with_gram))
+            statistics = self.statistics.get(name)
+            if statistics is None:
+                statistics = self.statistics[name] = InputStatistics(module, with_gram=self._with_gram)
             statistics.add(x)
             self._last = (x, statistics)
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Makes the mask and the recovery of sparse-llama, as they ship in maskpro_serve/assets: 25 minutes for the chats, 20 for
-# the mask, 75 for the recovery, on two AVX2 cores.
+# the mask, 75 for the recovery, on two AVX2 cores; then 30 for more chats and 55 for the last distillation on two slow
+# cores with AMX, which compute in bfloat16.
 #   learner/recipes/sparse_llama.sh DENSE C4.txt C4.jsonl FOLDER
 # DENSE is the folder that `maskpro-serve --model dense-llama` builds in its cache; FOLDER gets everything made here.
 set -euo pipefail
@@ -28,4 +29,18 @@ maskpro-recover --model "$dense" --mask "$folder/mask.safetensors" --calibration
 
 maskpro-recover --model "$dense" --mask "$folder/mask.safetensors" --start "$folder/blocks.safetensors" \
   --calibration "$c4" "$c4_more" "$chat" "$chat" --distill-samples 560 740 190 190 --length 256 \
-  --rank 35 --steps 420 --minibatch 4 --learning-rate 0.012 --output "$folder/recovery.safetensors"
+  --rank 35 --steps 420 --minibatch 4 --learning-rate 0.012 --output "$folder/distilled.safetensors"
+
+# More chats, sampled: other answers to all the prompts there are, and prompts that the model writes itself. Cut off
+# answers do no harm in distillation.
+more=$folder/chat_more.jsonl own=$folder/chat_own.jsonl
+python -m maskpro_learner.chat_corpus --model "$dense" --prompts 1886 --batch 128 --max-new-tokens 96 \
+  --temperature 0.8 --keep-unfinished --dtype bfloat16 --seed 2 --output "$more"
+python -m maskpro_learner.chat_corpus --model "$dense" --own-prompts --prompts 1536 --batch 128 --max-new-tokens 96 \
+  --temperature 0.8 --keep-unfinished --dtype bfloat16 --seed 3 --output "$own"
+
+# Once more over all of it, with minibatches four times as large.
+maskpro-recover --model "$dense" --mask "$folder/mask.safetensors" --start "$folder/distilled.safetensors" \
+  --calibration "$c4" "$c4_more" "$chat" "$chat" "$more" "$more" "$own" \
+  --distill-samples 700 758 170 170 540 540 450 --length 256 --seed 1 --dtype bfloat16 --rank 35 --steps 208 \
+  --minibatch 16 --batch 16 --learning-rate 0.01 --output "$folder/recovery.safetensors"

@@ -43,6 +43,19 @@ def test_jsonl_kinds(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None
     assert [document.chat for document in documents] == [False, False, True]
 
 
+def test_line_separators_inside_a_text_end_no_line(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"text": "one\u2028red\u0085bird"}, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert [document.text for document in read_documents(path, tokenizer)] == ["one\u2028red\u0085bird\n\n"]
+
+
+def test_chats_that_the_template_refuses(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = "{{ raise_exception('no system role here') }}"
+    path = write_rows(tmp_path / "a.jsonl", {"messages": CHAT})
+    with pytest.raises(CalibrationError, match=r"a\.jsonl: line 1: .*template refuses it: no system role here"):
+        read_documents(path, tokenizer)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -81,12 +81,36 @@ def test_a_model_writes_prompts_of_its_own(
     with torch.no_grad():  # an end token that comes up now and then
         model.lm_head.weight[2] = model.lm_head.weight[5:20].mean(0) * 3
     tried: list[int] = []
-    prompts = own_prompts(model, tokenizer, 40, batch=16, max_tokens=12, seed=1, advance=tried.append)
-    assert tried == [16, 16, 8]
-    assert 1 <= len(prompts) == len(set(prompts)) < 40
+    prompts = own_prompts(model, tokenizer, 80, batch=32, max_tokens=50, seed=1, advance=tried.append)
+    assert tried == [32, 32, 16]
+    assert 1 < len(prompts) == len(set(prompts)) < 80
     assert all(prompts)
-    assert prompts == own_prompts(model, tokenizer, 40, batch=16, max_tokens=12, seed=1)
-    assert prompts != own_prompts(model, tokenizer, 40, batch=16, max_tokens=12, seed=2)
+    assert prompts == own_prompts(model, tokenizer, 80, batch=32, max_tokens=50, seed=1)
+    # Neither another seed nor the one that counts its batches from there repeats them.
+    for seed in (2, 33):
+        assert not set(prompts) & set(own_prompts(model, tokenizer, 80, batch=32, max_tokens=50, seed=seed))
+
+
+def test_own_prompts_are_what_follows_the_head_of_a_users_turn(
+    tiny_model: Callable[[], PreTrainedModel], tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, asked = tiny_model(), []
+    written = "rain fell cat sat on"
+
+    def generate(inputs: torch.Tensor, **_: object) -> torch.Tensor:
+        asked.append(tokenizer.decode(inputs[0]))
+        new = torch.tensor(tokenizer(written, add_special_tokens=False)["input_ids"])
+        return torch.cat([inputs, new.expand(len(inputs), -1)], dim=1)
+
+    monkeypatch.setattr(model, "generate", generate)
+    with pytest.raises(ModelError, match="no message of a user ended within 48 tokens"):
+        own_prompts(model, tokenizer, 2)
+    written += " </s>"
+    assert own_prompts(model, tokenizer, 2) == ["rain fell cat sat on"]
+    # Turns that end with words of the template, which the model writes and goes on.
+    tokenizer.chat_template = "{% for m in messages %}<s> user : {{ m.content }} cat sat {% endfor %}"
+    assert own_prompts(model, tokenizer, 2) == ["rain fell"]
+    assert set(asked) == {"<s> user :"}
     tokenizer.chat_template = "{{ 'always the same' }}"
     with pytest.raises(ModelError, match="leaves out the user's message"):
         own_prompts(model, tokenizer, 4)
@@ -103,12 +127,18 @@ def test_command_line(model_folder: Path, tmp_path: Path, capsys: pytest.Capture
         assert all(message["content"] for message in row["messages"])
     assert f"{len(rows)} conversations from 12 prompts" in capsys.readouterr().out
     own = tmp_path / "own.jsonl"
-    assert main([*arguments, "--output", str(own), "--own-prompts", "--prompts", "24", "--temperature", "1"]) == 0
+    assert main([*arguments, "--output", str(own), "--own-prompts", "--prompts", "24", "--keep-unfinished"]) == 0
     assert 1 <= len(own.read_text().splitlines()) <= 24
+    capsys.readouterr()
     before = output.read_bytes()
     for bad, message in (
         (["--model", str(tmp_path / "absent")], "no such model folder"),
         (["--prompts", "0"], "prompts: expected between 1"),
+        (["--prompts", "0", "--own-prompts"], "--prompts: expected at least 1, found 0"),
+        (["--batch", "0"], "--batch: expected at least 1, found 0"),
+        (["--temperature", "-1"], "--temperature: expected 0 or above, found -1"),
+        (["--own-prompts", "--prompt-temperature", "0"], "--prompt-temperature: expected above 0, found 0"),
+        (["--device", "gpu"], "--device gpu: "),
         (["--output", str(tmp_path / "no" / "x.jsonl")], "its folder does not exist"),
     ):
         assert main([*arguments, *bad]) == 2

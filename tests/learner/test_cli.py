@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import signal
 import subprocess
 import sys
@@ -202,6 +203,8 @@ def test_a_killed_run_goes_on_to_the_same_mask(arguments: list[str], tmp_path: P
         (["--steps", "3", "--pattern", "2:32"], "expected groups of"),
         (["--steps", "3", "--smoothing", "1"], "smoothing < 1"),
         (["--steps", "3", "--estimator", "leave-one-out", "--draws", "1"], "compares 2 to 16, found 1"),
+        (["--draws", "4"], "--draws is for learning: give --steps"),
+        (["--estimator", "first-order"], "--estimator is for learning: give --steps"),
     ],
 )
 def test_impossible_learning_is_one_sentence(
@@ -211,3 +214,29 @@ def test_impossible_learning_is_one_sentence(
     err = capsys.readouterr().err.strip()
     assert message in err
     assert "\n" not in err
+
+
+def test_nothing_that_is_read_is_written_over(
+    arguments: list[str], text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chats = tmp_path / "mask.jsonl"  # the name of the run's log
+    chats.write_text(json.dumps({"text": text_file.read_text()}) + "\n")
+    before = chats.read_bytes()
+    flags = [*arguments, "--init", "magnitude", "--calibration", str(chats), "--steps", "2", "--minibatch", "2"]
+    assert main(flags) == 2
+    assert f"would write over {chats}, which is an input" in capsys.readouterr().err
+    assert chats.read_bytes() == before
+    mask = tmp_path / "mask.safetensors"
+    assert main([*arguments, "--init", "magnitude"]) == 0
+    assert main([*arguments, "--init", str(mask)]) == 2
+    assert f"would write over {mask}, which is an input" in capsys.readouterr().err
+    assert main([*arguments, "--init", "magnitude", "--output", str(tmp_path / "mask.checkpoint")]) == 2
+    assert "expected a name ending in .safetensors, found 'mask.checkpoint'" in capsys.readouterr().err
+
+
+def test_learning_without_matplotlib_is_refused_before_it_begins(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main([*arguments, "--init", "magnitude", *LEARNING, "--steps", "2"]) == 2
+    assert "pip install maskpro-serve[learn]" in capsys.readouterr().err

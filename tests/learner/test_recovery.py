@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from maskpro_kernels import NMPattern, read_recovery, write_masks
 from maskpro_kernels.packing import magnitude_mask
-from maskpro_learner import LearnerError, initial_masks
+from maskpro_learner import LearnerError, initial_masks, recover_cli
 from maskpro_learner.divergence import divergence
 from maskpro_learner.recover_cli import main
 from maskpro_learner.recovery import RecoverConfig, distill, reconstruct
@@ -180,6 +180,22 @@ def test_distillation_in_bfloat16_trains_float32_factors(tiny):
     assert all(torch.equal(weight, was.bfloat16()) for weight, was in after)
 
 
+def test_a_block_that_the_masks_leave_dense(tiny):
+    model, tokens, masks = tiny
+    some = {name: mask for name, mask in masks.items() if "layers.0." not in name}
+    fits = []
+    updates = reconstruct(model, tokens, some, PATTERN, CONFIG, on_block=fits.append)
+    assert updates.keys() == some.keys()
+    assert (fits[0].before, fits[0].after) == (0, 0)
+    assert fits[1].after < fits[1].before
+
+
+def test_a_fit_that_diverges_is_one_sentence(tiny):
+    model, tokens, masks = tiny
+    with pytest.raises(LearnerError, match=r"block 0: the error of its fit is .*lower --block-learning-rate"):
+        reconstruct(model, tokens, masks, PATTERN, dataclasses.replace(CONFIG, block_learning_rate=1e30))
+
+
 def test_masks_of_another_model_are_refused(tiny):
     model, tokens, masks = tiny
     wrong = {"model.layers.9.mlp.up_proj.weight": next(iter(masks.values()))}
@@ -187,7 +203,7 @@ def test_masks_of_another_model_are_refused(tiny):
         reconstruct(model, tokens, wrong, PATTERN, CONFIG)
 
 
-def test_the_command_writes_a_recovery_file(model_folder, text_file, tmp_path, capsys):
+def test_the_command_writes_a_recovery_file(model_folder, text_file, tmp_path, capsys, monkeypatch):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(model_folder)
@@ -212,18 +228,44 @@ def test_the_command_writes_a_recovery_file(model_folder, text_file, tmp_path, c
     assert main([*command, "--distill-samples", "4", "4"]) == 2
     assert "expected 1 numbers, one for each calibration source, found 2" in capsys.readouterr().err
     assert file.provenance["dtype"] == "float32"
-    more = ["--distill-samples", "4", "--start", str(output), "--dtype", "bfloat16"]
-    assert main([*command, *more]) == 0
+    dtypes = []
+    monkeypatch.setattr(
+        recover_cli, "distill", lambda *a, **k: dtypes.extend(m.dtype for m in a[:2]) or distill(*a, **k)
+    )
+    first = tmp_path / "first.safetensors"
+    output.rename(first)
+    assert main([*command, "--distill-samples", "4", "--start", str(first), "--dtype", "bfloat16"]) == 0
+    assert dtypes == [torch.bfloat16, torch.bfloat16]
     assert read_recovery(output).provenance["distill_samples"] == "4"
     assert read_recovery(output).provenance["dtype"] == "bfloat16"
+    again = read_recovery(output).provenance  # of --start there is nothing here but what it says itself
+    assert (again["rank"], again["start_samples"], again["start_block_steps"]) == ("2", "8", "2")
+    assert not again.keys() & {"samples", "block_steps", "start_base_model"}
+    started = [*command, "--distill-samples", "4", "--start", str(tmp_path / "s.safetensors")]
+    output.rename(tmp_path / "s.safetensors")
+    rank = started.index("--rank")
+    assert main([*started[:rank], *started[rank + 2 :]]) == 0
+    assert read_recovery(output).provenance["rank"] == "2"
+    assert main([*started, "--rank", "3"]) == 2
+    assert "--rank: expected 2, as" in capsys.readouterr().err
+    assert main([*started, "--output", str(tmp_path / "s.safetensors")]) == 2
+    assert "s.safetensors, which is an input" in capsys.readouterr().err
+    assert main([*command, "--device", "gpu"]) == 2
+    assert "--device gpu: " in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(command) == 2
+    assert "torchrun: the recovery is trained by one process" in capsys.readouterr().err
+    monkeypatch.delenv("WORLD_SIZE")
+    write_masks(tmp_path / "m.safetensors", masks, PATTERN, provenance={"base_model_sha256": "of another"})
+    assert main([*command, "--steps", "0"]) == 0
+    assert "warning: " in (err := capsys.readouterr().err)
+    assert "was made for weights of another hash" in err
     assert main([*command, "--rank", "0"]) == 2
     assert "rank: expected at least 1, found 0" in capsys.readouterr().err
 
 
 def test_an_interrupted_command_goes_on_without_fitting_again(model_folder, text_file, tmp_path, monkeypatch, capsys):
     from transformers import AutoModelForCausalLM
-
-    from maskpro_learner import recover_cli
 
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     write_masks(tmp_path / "m.safetensors", initial_masks(model, PATTERN, "magnitude").masks, PATTERN)

@@ -73,7 +73,11 @@ def tiny() -> tuple[LlamaForCausalLM, torch.Tensor]:
     return model, torch.randint(0, 64, (12, 16))
 
 
-CONFIG = LearnConfig(PATTERN, steps=9, minibatch=4, batch=3, learning_rate=5.0, initial_logit=2.0, draws=4)
+CONFIG = LearnConfig(PATTERN, steps=9, minibatch=4, batch=3, learning_rate=5.0, initial_logit=2.0)
+
+
+def draws_of(estimator):
+    return 4 if estimator in ("leave-one-out", "first-order") else None
 
 
 def magnitude(model):
@@ -88,7 +92,7 @@ def learn(tiny, config=CONFIG, **arguments):
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_a_run_is_a_function_of_its_seed_and_leaves_the_model_alone(tiny, estimator):
     before = {name: p.clone() for name, p in tiny[0].named_parameters()}
-    config = dataclasses.replace(CONFIG, estimator=estimator)
+    config = dataclasses.replace(CONFIG, estimator=estimator, draws=draws_of(estimator))
     steps = []
     first, second = learn(tiny, config, on_step=steps.append), learn(tiny, config)
     other = learn(tiny, dataclasses.replace(config, seed=1, steps=40, learning_rate=500.0))
@@ -105,7 +109,7 @@ def test_a_run_is_a_function_of_its_seed_and_leaves_the_model_alone(tiny, estima
 @pytest.mark.parametrize("estimator", ["smoothed", "leave-one-out", "first-order"])
 @pytest.mark.parametrize("stops", [(1,), (3, 4), (2, 5, 8)])
 def test_a_stopped_run_goes_on_bit_for_bit(tiny, tmp_path, estimator, stops):
-    config = dataclasses.replace(CONFIG, estimator=estimator, learning_rate=200.0)
+    config = dataclasses.replace(CONFIG, estimator=estimator, learning_rate=200.0, draws=draws_of(estimator))
     trackers: list[list[float]] = [[], []]
     whole = learn(tiny, config, on_step=lambda s: trackers[0].append(s.tracker))
     checkpoint = tmp_path / "run.checkpoint"
@@ -126,6 +130,13 @@ def test_a_stopped_run_goes_on_bit_for_bit(tiny, tmp_path, estimator, stops):
         assert torch.equal(mask, result[name])
     again = learn(tiny, config, checkpoint=checkpoint, on_step=lambda step: pytest.fail("a step after the last one"))
     assert all(torch.equal(mask, again[name]) for name, mask in whole.items())
+
+
+def test_a_checkpoint_of_more_steps_than_asked_for_is_refused(tiny, tmp_path):
+    checkpoint = tmp_path / "run.checkpoint"
+    learn(tiny, dataclasses.replace(CONFIG, steps=4), checkpoint=checkpoint)
+    with pytest.raises(LearnerError, match=r"run\.checkpoint: expected at most 3 steps done, found 4"):
+        learn(tiny, dataclasses.replace(CONFIG, steps=3), checkpoint=checkpoint)
 
 
 def test_a_resumed_run_does_not_grade_its_logits_again(tiny, tmp_path, monkeypatch):
@@ -210,7 +221,10 @@ def test_a_loss_that_is_not_finite_is_named(tiny):
         ({"steps": 0}, "steps: expected at least 1, found 0"),
         ({"estimator": "leave-one-out", "draws": 1}, "compares 2 to 16, found 1"),
         ({"estimator": "first-order", "draws": 17}, "compares 2 to 16, found 17"),
+        ({"estimator": "smoothed", "draws": 4}, "compares 1 to 1, found 4"),
         ({"smoothing": 1.0}, "smoothing < 1"),
+        ({"initial_logit": -10.0}, "initial_logit: expected above 0 and finite, found -10"),
+        ({"initial_logit": math.nan}, "initial_logit: expected above 0 and finite, found nan"),
     ],
     ids=str,
 )

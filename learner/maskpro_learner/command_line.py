@@ -1,0 +1,70 @@
+"""What the commands check before anything slow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from maskpro_learner.checkpoints import weights_sha256
+from maskpro_learner.errors import LearnerError, ModelError
+
+
+def check_device(name: str) -> None:
+    """Checks that torch can compute there.
+
+    Raises:
+        LearnerError: it cannot.
+    """
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
+        raise LearnerError(f"--device {name}: {str(error).strip().partition(chr(10))[0]}") from error
+
+
+def check_output(output: Path, beside: Iterable[Path], inputs: Iterable[Path | str]) -> None:
+    """Checks that an output can be written, and that neither it nor a file named after it is one that is read.
+
+    Args:
+        output: a .safetensors file.
+        beside: the files that are written beside it.
+        inputs: files, and names of other things.
+
+    Raises:
+        LearnerError: another ending, no such folder, or the same file as an input.
+    """
+    if output.suffix != ".safetensors":
+        raise LearnerError(f"--output {output}: expected a name ending in .safetensors, found {output.name!r}")
+    if not output.parent.is_dir():
+        raise LearnerError(f"{output}: its folder does not exist")
+    read = {Path(name).resolve(): name for name in inputs if Path(name).exists()}
+    for written in (output, *beside):
+        if (name := read.get(written.resolve())) is not None:
+            raise LearnerError(f"--output {output}: would write over {name}, which is an input: choose another name")
+
+
+def check_ids(model: PreTrainedModel, name: str, tokens: Tensor) -> None:
+    """Checks that a model knows all tokens of a text.
+
+    Raises:
+        ModelError: its embedding does not have them.
+    """
+    if int(tokens.max()) >= model.get_input_embeddings().num_embeddings:  # type: ignore[operator]
+        raise ModelError(f"{name}: the tokenizer makes ids that the model's embedding does not have")
+
+
+def other_base(model: str, mask: Path, provenance: Mapping[str, str]) -> str | None:
+    """A warning if a mask was made for other weights: shapes alone do not tell a base model from its fine-tuned twin.
+
+    Args:
+        model: folder or hub id.
+        mask: the mask file.
+        provenance: what it says of itself.
+    """
+    expected, found = provenance.get("base_model_sha256"), weights_sha256(model)
+    if expected is None or found is None or expected == found:
+        return None
+    return f"{mask} was made for weights of another hash ({provenance.get('base_model', 'another model')})"
