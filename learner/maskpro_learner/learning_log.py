@@ -8,10 +8,10 @@ import io
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict
 from io import RawIOBase
 from pathlib import Path
 from types import TracebackType
+from typing import Protocol, TypeVar
 
 from maskpro_kernels.files import write_atomically
 from maskpro_learner.errors import LearnerError
@@ -19,6 +19,16 @@ from maskpro_learner.trainer import Step
 
 _SMOOTHING = 0.98
 """Of the drawn curve; the points behind it are not smoothed."""
+
+
+class Numbered(Protocol):
+    """A dataclass that says which step it is of."""
+
+    @property
+    def step(self) -> int: ...
+
+
+Found = TypeVar("Found", bound=Numbered)
 
 
 class LearningLog:
@@ -45,14 +55,14 @@ class LearningLog:
         assert self._file is not None
         self._file.close()
 
-    def write(self, step: Step) -> None:
-        """Adds one line.
+    def write(self, step: Numbered) -> None:
+        """Adds one line, of a dataclass's fields.
 
         Raises:
             OSError: the disk is full.
         """
         assert self._file is not None
-        line = json.dumps(asdict(step)).encode() + b"\n"
+        line = json.dumps(vars(step)).encode() + b"\n"
         try:
             if self._file.write(line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -63,17 +73,21 @@ class LearningLog:
             ) from error
 
 
-def read_log(path: Path) -> list[Step]:
+def read_log(path: Path, kind: type[Found]) -> list[Found]:
     """The steps of a log in order, each once; a last line cut short by a kill is left out.
+
+    Args:
+        path: the file.
+        kind: the dataclass of a step.
 
     Raises:
         LearnerError: a line before the last is no step.
     """
-    steps: dict[int, Step] = {}
+    steps: dict[int, Found] = {}
     lines = path.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, start=1):
         try:
-            step = Step(**json.loads(line))
+            step = kind(**json.loads(line))
         except (ValueError, TypeError) as error:
             if number == len(lines):
                 break

@@ -7,7 +7,6 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from maskpro_learner.checkpoints import check_model, load_model, load_tokenizer,
 from maskpro_learner.command_line import check_device, check_ids, check_output, other_base
 from maskpro_learner.errors import LearnerError
 from maskpro_learner.layers import select_layers
+from maskpro_learner.learning_log import LearningLog, read_log
 from maskpro_learner.progress import progress_bar, quiet_transformers
 from maskpro_learner.recovery import BlockFit, DistillStep, RecoverConfig, distill, reconstruct
 from maskpro_learner.run import Interrupted, StopRequest
@@ -178,7 +178,9 @@ def _distill(
 ) -> tuple[dict[str, LowRank], list[DistillStep]]:  # fmt: skip
     """Distillation at a terminal: progress, a line a step in the log, checkpoints, a stop that loses nothing."""
     stop = StopRequest()
-    steps: list[DistillStep] = []
+    path = options.output.with_suffix(".jsonl")
+    if not checkpoint.exists():
+        path.unlink(missing_ok=True)
     columns = (
         TextColumn("distilling"),
         BarColumn(),
@@ -189,16 +191,13 @@ def _distill(
     )
     with (
         stop.listening(),
-        options.output.with_suffix(".jsonl").open(
-            "a" if checkpoint.exists() else "w", encoding="utf-8", buffering=1
-        ) as log,
+        LearningLog(path) as log,
         Progress(*columns, console=Console(stderr=True)) as progress,
     ):
         task = progress.add_task("", total=config.steps, divergence="-")
 
         def on_step(step: DistillStep) -> None:
-            steps.append(step)
-            log.write(json.dumps(asdict(step)) + "\n")
+            log.write(step)
             progress.update(task, completed=step.step, divergence=f"{step.divergence:.4f}")
 
         found = distill(
@@ -207,7 +206,7 @@ def _distill(
         )  # fmt: skip
     if stop.number is not None:
         raise Interrupted(stop.number, checkpoint)
-    return found, steps
+    return found, read_log(path, DistillStep)
 
 
 def _provenance(options: argparse.Namespace, config: RecoverConfig, started: RecoveryFile | None) -> dict[str, str]:

@@ -147,7 +147,7 @@ def run_learning(
             model, tokens, masks, config, on_step=on_step, checkpoint=files.checkpoint,
             checkpoint_seconds=checkpoint_seconds, stop=stop, world=world,
         )  # fmt: skip
-    steps = read_log(files.log)
+    steps = read_log(files.log, Step)
     draw_curve(steps, files.curve, f"{config.estimator}, {config.pattern}, {config.steps} steps")
     if stopped_by:
         raise Interrupted(stopped_by, files.checkpoint)

@@ -18,6 +18,7 @@ from maskpro_kernels import NMPattern, read_masks, write_masks
 from maskpro_kernels.packing import magnitude_mask
 from maskpro_learner.cli import main
 from maskpro_learner.learning_log import read_log
+from maskpro_learner.trainer import Step
 
 
 @pytest.fixture
@@ -155,7 +156,7 @@ def test_learning_writes_mask_log_and_curve(
     file = read_masks(tmp_path / "mask.safetensors")
     assert file.provenance["method"] == "maskpro from magnitude"
     assert file.provenance["steps"] == "6"
-    assert [step.step for step in read_log(tmp_path / "mask.jsonl")] == [1, 2, 3, 4, 5, 6]
+    assert [step.step for step in read_log(tmp_path / "mask.jsonl", Step)] == [1, 2, 3, 4, 5, 6]
     assert (tmp_path / "mask.png").read_bytes().startswith(b"\x89PNG")
     assert not (tmp_path / "mask.checkpoint").exists()
     out = capsys.readouterr().out
@@ -191,7 +192,7 @@ def test_a_killed_run_goes_on_to_the_same_mask(arguments: list[str], tmp_path: P
     flags = [*arguments, *LEARNING, "--steps", "60"]
     assert main(flags) == 0
     resumed = read_masks(tmp_path / "mask.safetensors").masks
-    assert [step.step for step in read_log(tmp_path / "mask.jsonl")] == list(range(1, 61))
+    assert [step.step for step in read_log(tmp_path / "mask.jsonl", Step)] == list(range(1, 61))
     assert main(flags) == 0  # from the start, unbroken
     whole = read_masks(tmp_path / "mask.safetensors").masks
     assert all(torch.equal(resumed[name], mask) for name, mask in whole.items())

@@ -27,6 +27,7 @@ from maskpro_learner import LearnConfig, LearnerError, learn_masks, select_layer
 from maskpro_learner.cli import main
 from maskpro_learner.distributed import ALONE, World, join, leave
 from maskpro_learner.learning_log import read_log
+from maskpro_learner.trainer import Step
 
 PATTERN = NMPattern(2, 4)
 # Minibatches of 5 blocks are 2 and 3 for two processes.
@@ -141,7 +142,7 @@ def test_a_signal_to_any_process_stops_all_and_all_go_on(arguments: list[str], t
     code, errors = run_until(command, log, 60, signal.SIGTERM, rank=1)
     assert code != 0
     assert errors.count("stopped by SIGTERM; the same command goes on from") == 1  # the first process speaks for all
-    stopped_at = read_log(log)[-1].step
+    stopped_at = read_log(log, Step)[-1].step
     assert 60 <= stopped_at < 400
     assert (tmp_path / "mask.checkpoint").exists()
     assert not output.exists()
@@ -150,7 +151,7 @@ def test_a_signal_to_any_process_stops_all_and_all_go_on(arguments: list[str], t
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("moved") == 1  # one table
     assert "flips" in done.stdout
-    assert [step.step for step in read_log(log)] == list(range(1, 401))
+    assert [step.step for step in read_log(log, Step)] == list(range(1, 401))
     assert not (tmp_path / "mask.checkpoint").exists()
 
     alone = tmp_path / "alone.safetensors"

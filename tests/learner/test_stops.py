@@ -85,7 +85,7 @@ def test_ten_kills_at_random_moments_change_no_byte(
         assert output.exists()
         assert not output.with_suffix(".checkpoint").exists()
     assert broken.read_bytes() == whole.read_bytes()
-    first, second = read_log(log), read_log(whole.with_suffix(".jsonl"))
+    first, second = read_log(log, Step), read_log(whole.with_suffix(".jsonl"), Step)
     assert [(s.step, s.loss, s.tracker, s.flips) for s in first] == [
         (s.step, s.loss, s.tracker, s.flips) for s in second
     ]
@@ -174,7 +174,7 @@ def test_a_line_of_the_log_cut_short_is_dropped(tmp_path: Path) -> None:
             log.write(Step(number, 1.0, 0.0, 0.0, 0.1, 3.0))
         with path.open("a") as file:
             file.write('{"step": 9, "lo')
-    assert [step.step for step in read_log(path)] == [1, 2]
+    assert [step.step for step in read_log(path, Step)] == [1, 2]
 
 
 def test_a_loss_that_is_not_a_number_is_one_sentence(
