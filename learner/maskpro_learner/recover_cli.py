@@ -225,7 +225,8 @@ def _provenance(options: argparse.Namespace, config: RecoverConfig, started: Rec
         entries |= {"samples": options.samples} | {name: getattr(config, name) for name in fit}
     else:
         entries["start_sha256"] = file_sha256(options.start)
-        entries |= {f"start_{key}": value for key, value in started.provenance.items() if key not in entries}
+        own = {key: str(value) for key, value in entries.items()}
+        entries |= {f"start_{key}": value for key, value in started.provenance.items() if own.get(key) != value}
     if config.steps:
         training = ("steps", "learning_rate", "minibatch", "batch")
         entries |= {name: getattr(config, name) for name in training} | {"dtype": options.dtype}
