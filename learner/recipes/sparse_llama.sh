@@ -37,7 +37,7 @@ more=$folder/chat_more.jsonl own=$folder/chat_own.jsonl
 python -m maskpro_learner.chat_corpus --model "$dense" --prompts 1886 --batch 128 --max-new-tokens 96 \
   --temperature 0.8 --keep-unfinished --dtype bfloat16 --seed 2 --output "$more"
 python -m maskpro_learner.chat_corpus --model "$dense" --own-prompts --prompts 1536 --batch 128 --max-new-tokens 96 \
-  --temperature 0.8 --keep-unfinished --dtype bfloat16 --seed 3 --output "$own"
+  --prompt-temperature 0.8 --temperature 0.8 --keep-unfinished --dtype bfloat16 --seed 3 --output "$own"
 
 # Once more over all of it, with minibatches four times as large.
 maskpro-recover --model "$dense" --mask "$folder/mask.safetensors" --start "$folder/distilled.safetensors" \
