@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -22,8 +23,6 @@ from typing import Any
 
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-from maskpro_serve.models import cache_folder
 
 VOCABULARY = 32_000
 SHAPES: dict[str, dict[str, Any]] = {
@@ -112,11 +111,13 @@ def pack(dense: Path, sparse: Path) -> None:
 
 
 def main() -> None:
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cache = Path(os.environ.get("MASKPRO_CACHE") or home / "maskpro-serve")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="1.1b", help="(default 1.1b)")
     parser.add_argument("--output", type=Path, help="folder for dense/ and sparse/ (default random-SHAPE in the cache)")
     arguments = parser.parse_args()
-    folder: Path = arguments.output or cache_folder() / f"random-{arguments.shape}"
+    folder: Path = arguments.output or cache / f"random-{arguments.shape}"
     check_shape(folder, arguments.shape)
     if not (folder / "dense").is_dir():
         write_dense(folder / "dense", arguments.shape)
