@@ -5,20 +5,21 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from maskpro_kernels import LowRank, NMWeight, pack, recovered, to_int8
+from maskpro_kernels import LowRank, NMWeight, recovered, to_int8
+from maskpro_kernels.bits import pack_bits, unpack_bits
 from maskpro_kernels.files import PutRows, atomic_file, safetensors_stream, write_atomically
 from maskpro_kernels.mask_sources import MaskSource, fill_up
-from maskpro_kernels.model_folder import INDEX, CheckpointError, TensorInfo, read_blocks
+from maskpro_kernels.model_folder import INDEX, CheckpointError, TensorInfo, blocks, read_block
 from maskpro_kernels.packed_checkpoint import SCALE_SUFFIX, PackedFormat
-from maskpro_kernels.packing import group_counts
+from maskpro_kernels.packing import group_counts, pack_under
 from maskpro_serve.dense_model import DenseModel
 from maskpro_serve.packing_plan import Plan, Shard
 
@@ -55,13 +56,15 @@ class RowPacker:
             return None
         if self._masks is None:
             kept = rows != 0
-            mask = fill_up(kept, group_counts(kept, self._pattern.m), rows, self._pattern)
+            bitmask = pack_bits(fill_up(kept, group_counts(kept, self._pattern.m), rows, self._pattern))
         else:
-            mask = self._masks.read(info.name, rows, first)
+            bitmask = self._masks.read_bits(info.name, rows, first)
         if (update := self._updates.get(info.name)) is not None:
-            rows = recovered(rows, mask, LowRank(update.b[first : first + len(rows)], update.a))
+            rows = recovered(
+                rows, unpack_bits(bitmask, rows.shape[1]), LowRank(update.b[first : first + len(rows)], update.a)
+            )
         try:
-            weight = pack(rows, self._pattern, mask)
+            weight = pack_under(bitmask, rows, self._pattern)
             return weight if self._values is None else to_int8(weight)
         except ValueError as error:
             raise CheckpointError(f"{info}: {error}") from error
@@ -84,42 +87,36 @@ def write_shard(path: Path, shard: Shard, packer: RowPacker, advance: Callable[[
         advance(sum(info.nbytes for info, _ in shard.sources))
         return
     try:
-        with safetensors_stream(path, shard.specs, {"format": "pt"}) as put:
-            blocks = ((info, first, rows) for info, _ in shard.sources for first, rows in read_blocks(info))
-            for info, first, rows, weight in _in_threads(packer.pack, blocks):
-                if weight is not None:
-                    _put_packed(put, info, first, weight)
+        with safetensors_stream(path, shard.specs, {"format": "pt"}) as put, _threads() as pool:
+
+            def write(block: tuple[TensorInfo, range]) -> int:
+                info, place = block
+                rows = read_block(info, place)
+                if (weight := packer.pack(info, place.start, rows)) is not None:
+                    _put_packed(put, info, place.start, weight)
                 else:
-                    put(info.name, rows, first)
-                advance(rows.nbytes)
+                    put(info.name, rows, place.start)
+                return rows.nbytes
+
+            for read in pool.map(write, [(info, place) for info, _ in shard.sources for place in blocks(info)]):
+                advance(read)
     except OSError as error:
         if error.filename is not None:
             raise
         raise OSError(f"{path}: cannot be written: {error}; what is written so far is kept, run again") from error
 
 
-def _in_threads(
-    pack: Callable[[TensorInfo, int, Tensor], NMWeight | None], blocks: Iterable[tuple[TensorInfo, int, Tensor]]
-) -> Iterator[tuple[TensorInfo, int, Tensor, NMWeight | None]]:
-    """Every block and what is made of it, in order; as many at once as there are cores, up to four.
+@contextmanager
+def _threads() -> Iterator[ThreadPoolExecutor]:
+    """Threads for reading, packing and writing at once; when one fails, what no thread has begun is dropped.
 
-    The files are mapped, so a thread also waits for its own block's disk.
+    Two more than cores, up to six: the files are mapped, so that a thread also waits for its own block's disk.
     """
-    workers = min(4, len(os.sched_getaffinity(0)))
-    waiting: deque[tuple[TensorInfo, int, Tensor, Future[NMWeight | None]]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        for info, first, rows in blocks:
-            waiting.append((info, first, rows, pool.submit(pack, info, first, rows)))
-            if len(waiting) > workers:
-                yield _finished(*waiting.popleft())
-        while waiting:
-            yield _finished(*waiting.popleft())
-
-
-def _finished(
-    info: TensorInfo, first: int, rows: Tensor, packed: Future[NMWeight | None]
-) -> tuple[TensorInfo, int, Tensor, NMWeight | None]:
-    return info, first, rows, packed.result()
+    pool = ThreadPoolExecutor(min(4, len(os.sched_getaffinity(0))) + 2)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _put_packed(put: PutRows, info: TensorInfo, first: int, weight: NMWeight) -> None:

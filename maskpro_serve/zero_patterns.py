@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from maskpro_kernels import NMPattern
-from maskpro_kernels.model_folder import TensorInfo, read_blocks
+from maskpro_kernels.model_folder import TensorInfo, blocks, read_block
 from maskpro_kernels.packing import group_counts
 from maskpro_kernels.pattern import SUPPORTED_M
 
@@ -48,7 +48,7 @@ def find_zeros(info: TensorInfo) -> Zeros:
     Raises:
         CheckpointError: its file cannot be read.
     """
-    return count_zeros(info.shape[1], (rows for _, rows in read_blocks(info)))
+    return count_zeros(info.shape[1], (read_block(info, rows) for rows in blocks(info)))
 
 
 def count_zeros(in_features: int, blocks: Iterable[Tensor]) -> Zeros:

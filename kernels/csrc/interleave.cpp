@@ -7,6 +7,7 @@
 #endif
 
 #include "arguments.h"
+#include "group_bits.h"
 #include "interleaved.h"
 #include "maskpro_kernels.h"
 
@@ -40,14 +41,6 @@ int64_t place(int64_t row, int64_t j, int32_t dtype) {
   return dtype == MASKPRO_BF16 ? (j / 2 * kBlockRows + row) * 2 + j % 2 : j * kBlockRows + row;
 }
 
-// The set bits of group g of a row; m divides 32 or is a nibble.
-uint32_t group_bits(const uint8_t* row, int64_t group, int32_t m) {
-  if (m == 4) return row[group / 2] >> (4 * (group % 2)) & 15u;
-  uint32_t bits = 0;
-  memcpy(&bits, row + group * (m / 8), static_cast<size_t>(m / 8));
-  return bits;
-}
-
 template <int kBytes>
 void interleave_row(const Source& from, const Interleaved& sizes, int64_t row, uint8_t* block) {
   const uint8_t* values = from.values + row * sizes.kept * kBytes;
@@ -66,8 +59,7 @@ void interleave_row(const Source& from, const Interleaved& sizes, int64_t row, u
       const int64_t j = slot % slots;
       memcpy(chunk + index_bytes + place(lane, j, from.dtype) * kBytes, values + slot * kBytes, kBytes);
       if (dense) continue;
-      const uint32_t column = bits == 0 ? 0 : static_cast<uint32_t>(__builtin_ctz(bits));
-      bits &= bits - 1;
+      const uint32_t column = take_lowest(bits);
       uint32_t word;
       memcpy(&word, chunk + 4 * lane, sizeof word);
       word |= column << (j * sizes.bits);

@@ -16,7 +16,7 @@ extern "C" {
 #endif
 
 // Raised with every incompatible change of this header; the Python loader checks it.
-#define MASKPRO_ABI_VERSION 6
+#define MASKPRO_ABI_VERSION 7
 
 enum maskpro_dtype { MASKPRO_F32 = 0, MASKPRO_BF16 = 1, MASKPRO_F16 = 2, MASKPRO_I8 = 3 };
 
@@ -38,6 +38,17 @@ MASKPRO_API int32_t maskpro_isa_available(int32_t isa);
 
 // The available one whose kernels are fastest on this machine.
 MASKPRO_API int32_t maskpro_fastest_isa(void);
+
+// Picks out a weight's kept values, in column order. No threads: the caller packs several parts of a weight at once.
+//
+//   values  [out_features, in_features / m * n]  row-major, weight_dtype; written
+//   dense   [out_features, in_features]  the same
+//   bitmask [out_features, ceil(in_features / 8)], bit k of byte j is column 8j + k
+//
+// Every group of the bitmask must keep exactly n (not checked here: else values are any, but no other memory is touched).
+// Pointers are aligned to their element. Reentrant. Returns a maskpro_status.
+MASKPRO_API int32_t maskpro_kept_values(void* values, const void* dense, const uint8_t* bitmask, int64_t in_features,
+                                        int64_t out_features, int32_t n, int32_t m, int32_t weight_dtype);
 
 // Bytes of an (n:m)-sparse weight in the order that maskpro_nm_linear reads (interleaved.h); -1 for an impossible one.
 // m is 4, 8, 16 or 32 and divides in_features.

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from maskpro_kernels.errors import NativeLibraryError
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 LIBRARY_NAME = "libmaskpro_kernels.so"
 
 ISA_CODES = {"portable": 0, "avx2": 1, "avx512": 2, "avx512-bf16": 3, "amx-bf16": 4}
@@ -94,6 +94,8 @@ def library() -> ctypes.CDLL:
     lib.maskpro_isa_available.restype = i32
     lib.maskpro_fastest_isa.argtypes = []
     lib.maskpro_fastest_isa.restype = i32
+    lib.maskpro_kept_values.argtypes = [pointer] * 3 + [i64, i64] + [i32] * 3
+    lib.maskpro_kept_values.restype = i32
     lib.maskpro_interleaved_bytes.argtypes = [i64, i64, i32, i32, i32]
     lib.maskpro_interleaved_bytes.restype = i64
     lib.maskpro_interleave.argtypes = [pointer] * 3 + [i64, i64] + [i32] * 4
@@ -124,6 +126,32 @@ def available_isas() -> tuple[str, ...]:
     codes = sorted(ISA_CODES.values(), key=lambda code: (code == fastest, code), reverse=True)
     names = {code: isa for isa, code in ISA_CODES.items()}
     return tuple(names[code] for code in codes if lib.maskpro_isa_available(code))
+
+
+def kept_values(dense: Tensor, bitmask: Tensor, n: int, m: int) -> Tensor:
+    """The kept values of a dense weight, bit for bit; one thread, which holds no lock of Python's meanwhile.
+
+    Args:
+        dense: (out_features, in_features), contiguous.
+        bitmask: uint8 (out_features, ceil(in_features / 8)), contiguous, exactly n per group.
+        n: kept weights per group.
+        m: group size, which divides in_features.
+
+    Returns:
+        (out_features, in_features * n / m).
+    """
+    out_features, in_features = dense.shape
+    values = torch.empty((out_features, in_features // m * n), dtype=dense.dtype)
+    status = library().maskpro_kept_values(
+        values.data_ptr(), dense.data_ptr(), bitmask.data_ptr(), in_features, out_features, n, m,
+        _DTYPE_CODES[dense.dtype],
+    )  # fmt: skip
+    if status:
+        raise RuntimeError(
+            f"native kept_values failed: {_STATUS.get(status, status)} (weight {out_features} x {in_features} "
+            f"{dense.dtype}, {n}:{m})"
+        )
+    return values
 
 
 def interleaved_bytes(in_features: int, out_features: int, n: int, m: int, dtype: torch.dtype) -> int:

@@ -6,6 +6,7 @@ On a CPU by numpy, which is forty times as fast at it as torch's operators.
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -52,6 +53,8 @@ def count_bits(bitmask: Tensor, group: int) -> Tensor:
     Returns:
         uint8 (rows, 8 * bytes / group); a last group cut short by the row's end is left out.
     """
+    if bitmask.device.type == "cpu":
+        return torch.from_numpy(_count_bits(np.ascontiguousarray(bitmask.numpy()), group))
     pairs = bitmask - ((bitmask >> 1) & 0x55)
     nibbles = (pairs & 0x33) + ((pairs >> 2) & 0x33)
     if group == 4:
@@ -60,3 +63,21 @@ def count_bits(bitmask: Tensor, group: int) -> Tensor:
     per_group = group // 8
     whole = counts.shape[1] // per_group * per_group
     return counts[:, :whole].reshape(counts.shape[0], -1, per_group).sum(-1, dtype=torch.uint8)
+
+
+def _count_bits(bitmask: npt.NDArray[np.uint8], group: int) -> npt.NDArray[np.uint8]:
+    if group == 4:
+        nibbles = bitmask.astype("<u2")
+        nibbles |= nibbles << 4
+        nibbles &= 0x0F0F
+        return np.bitwise_count(nibbles.view(np.uint8))
+    per_group = group // 8
+    whole = bitmask.shape[1] // per_group * per_group
+    return np.bitwise_count(np.ascontiguousarray(bitmask[:, :whole]).view(f"<u{per_group}"))
+
+
+def all_equal(counts: Tensor, value: int) -> bool:
+    """Whether all of ``counts``, uint8, are ``value``: on a CPU, too, torch compares bytes one at a time."""
+    if counts.device.type == "cpu":
+        return bool((counts.numpy() == value).all())
+    return bool((counts == value).all())

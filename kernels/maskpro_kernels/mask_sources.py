@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from maskpro_kernels.bits import pack_bits
 from maskpro_kernels.maskllm import MaskLLMArchive
 from maskpro_kernels.masks import MaskFileError, MaskReader
 from maskpro_kernels.model_folder import CheckpointError, open_safetensors, read_config, read_headers
@@ -60,6 +61,10 @@ class MaskSource(ABC):
             MaskFileError: the mask is not strict, or cannot be read.
         """
 
+    def read_bits(self, name: str, weight: Tensor, first: int = 0) -> Tensor:
+        """What :meth:`read` does, as a bitmask: uint8 (rows, ceil(in_features / 8))."""
+        return pack_bits(self.read(name, weight, first))
+
 
 def open_masks(path: Path, pattern: NMPattern | None) -> MaskSource:
     """Opens whatever ``path`` is.
@@ -105,6 +110,9 @@ class _MaskFileSource(MaskSource):
 
     def read(self, name: str, weight: Tensor, first: int = 0) -> Tensor:
         return self._reader.read(name, first, len(weight))
+
+    def read_bits(self, name: str, weight: Tensor, first: int = 0) -> Tensor:
+        return self._reader.read_bits(name, first, len(weight))
 
 
 class _ArchiveSource(MaskSource):

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from maskpro_kernels.bits import bitmask_width, pack_bits, unpack_bits
 from maskpro_kernels.files import write_safetensors
-from maskpro_kernels.packing import check_mask
+from maskpro_kernels.packing import check_bits, check_mask
 from maskpro_kernels.pattern import NMPattern
 
 FORMAT_VERSION = 1
@@ -193,17 +193,26 @@ class MaskReader:
         Raises:
             MaskFileError: it is not strict, or does not fit its shape; names the file, the tensor, expected and found.
         """
+        return unpack_bits(self.read_bits(name, first, rows), self.shapes[name][1])
+
+    def read_bits(self, name: str, first: int = 0, rows: int | None = None) -> Tensor:
+        """One mask, or some of its rows, as a bitmask: uint8 (rows, ceil(in_features / 8)).
+
+        Raises:
+            MaskFileError: as :meth:`read`.
+        """
         shape = self.shapes[name]
         with self._open() as file:
             try:
                 if self._encoding == "states":
-                    return decode_states(file.get_tensor(f"{name}.mask"), self.pattern, shape, first, rows)
+                    return pack_bits(decode_states(file.get_tensor(f"{name}.mask"), self.pattern, shape, first, rows))
                 stored = file.get_slice(f"{name}.mask")
                 expected, found = (shape[0], bitmask_width(shape[1])), tuple(stored.get_shape())
                 if stored.get_dtype() != "U8" or found != expected:
                     raise ValueError(f"expected U8 {expected}, found {stored.get_dtype()} {found}")
-                part = stored[first : shape[0] if rows is None else first + rows]
-                return _decode_bitmask(part, self.pattern, shape[1], first)
+                bitmask: Tensor = stored[first : shape[0] if rows is None else first + rows]
+                check_bits(bitmask, shape[1], self.pattern, first_row=first)
+                return bitmask
             except ValueError as error:
                 raise MaskFileError(f"{self.path}: {name}.mask: {error}") from error
 
@@ -248,12 +257,3 @@ def _header(path: Path, metadata: dict[str, str]) -> tuple[NMPattern, str, dict[
     except (ValueError, TypeError, AttributeError) as error:
         raise MaskFileError(f"{path}: metadata pattern or shapes: {error}") from error
     return pattern, encoding, shapes
-
-
-def _decode_bitmask(bitmask: Tensor, pattern: NMPattern, in_features: int, first: int) -> Tensor:
-    bits = unpack_bits(bitmask, 8 * bitmask.shape[1])
-    if bits[:, in_features:].any():
-        raise ValueError(f"a bit past column {in_features - 1} is set")
-    mask = bits[:, :in_features]
-    check_mask(mask, pattern, first_row=first)
-    return mask

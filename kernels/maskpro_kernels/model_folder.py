@@ -21,7 +21,7 @@ from maskpro_kernels.files import SAFETENSORS_DTYPES
 
 INDEX = "model.safetensors.index.json"
 BLOCK = 1 << 23
-"""Elements that :func:`read_blocks` gives at once: work on them stays far below a gigabyte."""
+"""Elements that :func:`blocks` gives at once: work on them stays far below a gigabyte."""
 _DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
 
 
@@ -146,20 +146,20 @@ def read_tensor(info: TensorInfo) -> Tensor:
     return tensor
 
 
-def read_blocks(info: TensorInfo) -> Iterator[tuple[int, Tensor]]:
-    """One tensor, some rows at a time: at most :data:`BLOCK` elements, or one row.
+def blocks(info: TensorInfo) -> Iterator[range]:
+    """The rows of a tensor in parts: at most :data:`BLOCK` elements, or one row. One row, if it has no dimension."""
+    count = info.shape[0] if info.shape else 1
+    rows = max(1, BLOCK // max(1, math.prod(info.shape[1:])))
+    for first in range(0, count, rows):
+        yield range(first, min(first + rows, count))
 
-    Yields:
-        the number of the first row, and the rows (the whole tensor, if it has no dimension).
+
+def read_block(info: TensorInfo, rows: range) -> Tensor:
+    """Some rows of a tensor that has dimensions, else all of it: a view of the mapped file, which is read when touched.
 
     Raises:
         CheckpointError: the file is missing, truncated or no safetensors file.
     """
     with open_safetensors(info.file) as file:
-        if not info.shape:
-            yield 0, file.get_tensor(info.name)
-            return
-        stored = file.get_slice(info.name)
-        rows = max(1, BLOCK // max(1, math.prod(info.shape[1:])))
-        for first in range(0, info.shape[0], rows):
-            yield first, stored[first : min(first + rows, info.shape[0])]
+        block: Tensor = file.get_slice(info.name)[rows.start : rows.stop] if info.shape else file.get_tensor(info.name)
+    return block

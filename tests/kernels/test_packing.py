@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maskpro_kernels import NMPattern, NMWeight, pack, unpack
+from maskpro_kernels import NMPattern, NMWeight, _cpu, pack, unpack
 from maskpro_kernels.bits import count_bits, pack_bits, unpack_bits
 from maskpro_kernels.packing import check_bitmask, check_mask, magnitude_mask
 
@@ -142,3 +142,15 @@ def test_every_flipped_bit_is_found(pattern, columns):
             broken = NMWeight(weight.values, bitmask, weight.shape, weight.pattern)
             with pytest.raises(ValueError, match=r"row 1, group|past column"):
                 check_bitmask(broken)
+
+
+@given(PATTERNS, st.integers(1, 3), st.integers(1, 9), DTYPES, st.sampled_from([0x00, 0x01, 0x80, 0xFF]))
+@settings(deadline=None)
+def test_a_wrong_bitmask_reaches_no_memory_of_others(pattern, rows, groups, dtype, byte):
+    """Under the sanitizers; here, that every value is one of its row's."""
+    dense = torch.arange(rows, dtype=dtype).unsqueeze(1).repeat(1, groups * pattern.m)
+    bitmask = torch.full((rows, (dense.shape[1] + 7) // 8), byte, dtype=torch.uint8)
+    values = _cpu.kept_values(dense, bitmask, pattern.n, pattern.m)
+    assert values.shape == (rows, groups * pattern.n)
+    if byte == 0xFF:
+        assert torch.equal(values, dense[:, : groups * pattern.n])
