@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
+from threading import Lock
 from typing import IO
 
 import numpy as np
@@ -22,7 +23,7 @@ _SUFFIX = ".mask.npy"
 
 
 class MaskLLMArchive:
-    """The masks of one archive; the last one that was asked for stays in memory, at one bit a weight.
+    """The masks of one archive; the last two that were asked for stay in memory, at one bit a weight. Thread-safe.
 
     No array is read before its declared size is the expected one, so a small file cannot ask for much memory.
 
@@ -36,7 +37,8 @@ class MaskLLMArchive:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._last: tuple[str, np.ndarray] | None = None
+        self._latest: dict[str, np.ndarray] = {}  # two: threads at one weight's end and at the next one's beginning
+        self._lock = Lock()
         with self._open() as archive:
             self._members = {info.filename: info for info in archive.infolist()}
         self.names = {name.removesuffix(_SUFFIX) for name in self._members if name.endswith(_SUFFIX)}
@@ -59,11 +61,14 @@ class MaskLLMArchive:
         Raises:
             MaskFileError: the array is not one of that shape's bits.
         """
-        last = self._last  # another thread may ask for another mask meanwhile
-        if last is None or last[0] != name:
-            last = self._last = (name, self._packed(name, shape))
+        with self._lock:  # whoever else wants this mask meanwhile waits for it
+            if (packed := self._latest.get(name)) is None:
+                packed = self._packed(name, shape)
+                for oldest in list(self._latest)[:-1]:
+                    del self._latest[oldest]
+                self._latest[name] = packed
         begin, end = first * shape[1], (first + rows) * shape[1]
-        bits = np.unpackbits(last[1][begin // 8 : (end + 7) // 8])[begin % 8 :][: end - begin]
+        bits = np.unpackbits(packed[begin // 8 : (end + 7) // 8])[begin % 8 :][: end - begin]
         return torch.from_numpy(bits).view(torch.bool).reshape(rows, shape[1])
 
     def _packed(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
