@@ -110,9 +110,10 @@ def write_shard(path: Path, shard: Shard, packer: RowPacker, advance: Callable[[
 def _threads() -> Iterator[ThreadPoolExecutor]:
     """Threads for reading, packing and writing at once; when one fails, what no thread has begun is dropped.
 
-    Two more than cores, up to six: the files are mapped, so that a thread also waits for its own block's disk.
+    Two more than cores, for the files are mapped, so that a thread also waits for its own block's disk; four at most,
+    for each may hold a block in float64 a few times over.
     """
-    pool = ThreadPoolExecutor(min(4, len(os.sched_getaffinity(0))) + 2)
+    pool = ThreadPoolExecutor(min(4, len(os.sched_getaffinity(0)) + 2))
     try:
         yield pool
     finally:

@@ -51,10 +51,10 @@ def find_zeros(info: TensorInfo) -> Zeros:
     return count_zeros(info.shape[1], (read_block(info, rows) for rows in blocks(info)))
 
 
-def count_zeros(in_features: int, blocks: Iterable[Tensor]) -> Zeros:
+def count_zeros(in_features: int, parts: Iterable[Tensor]) -> Zeros:
     """Counts in some rows of a weight, (rows, in_features) each."""
     most = {m: 0 for m in SUPPORTED_M if in_features % m == 0}
-    for rows in blocks:
+    for rows in parts:
         if not most or not rows.numel():
             continue
         nonzero = rows != 0

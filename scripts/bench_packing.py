@@ -107,7 +107,9 @@ def disk_alone(model: Path, mask: Path, scratch: Path, written: int) -> float:
     def write() -> None:
         with scratch.open("wb", buffering=0) as file:
             for begin in range(0, written, len(block)):
-                file.write(block[: written - begin])
+                part = block[: written - begin]
+                if file.write(part) != len(part):
+                    raise SystemExit(f"{scratch}: a short write: the disk is not measured")
             os.fsync(file.fileno())
 
     begin = time.perf_counter()
@@ -198,7 +200,7 @@ def cpu() -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--shape", choices=SHAPES, default="7b")
-    parser.add_argument("--folder", type=Path, required=True, help="to make and delete; 24 GB for 7b, 4 for 1b")
+    parser.add_argument("--folder", type=Path, required=True, help="to make and delete; 30 GB for 7b, 5 for 1b")
     parser.add_argument("--json", type=Path, help="file to write")
     options = parser.parse_args()
     options.folder.mkdir(parents=True)

@@ -1,4 +1,4 @@
-// What every entry point of nm_linear asks of its arguments.
+// What every entry point that takes a weight asks of its arguments.
 #ifndef MASKPRO_ARGUMENTS_H_
 #define MASKPRO_ARGUMENTS_H_
 

@@ -141,7 +141,7 @@ def kept_values(dense: Tensor, bitmask: Tensor, n: int, m: int) -> Tensor:
         (out_features, in_features * n / m).
     """
     out_features, in_features = dense.shape
-    values = torch.empty((out_features, in_features // m * n), dtype=dense.dtype)
+    values = dense.new_empty((out_features, in_features // m * n))  # on the CPU, whatever the default device
     status = library().maskpro_kept_values(
         values.data_ptr(), dense.data_ptr(), bitmask.data_ptr(), in_features, out_features, n, m,
         _DTYPE_CODES[dense.dtype],

@@ -77,7 +77,7 @@ def _count_bits(bitmask: npt.NDArray[np.uint8], group: int) -> npt.NDArray[np.ui
 
 
 def all_equal(counts: Tensor, value: int) -> bool:
-    """Whether all of ``counts``, uint8, are ``value``: on a CPU, too, torch compares bytes one at a time."""
+    """Whether all of ``counts``, uint8, are ``value``; on a CPU by numpy, too, which compares bytes many at a time."""
     if counts.device.type == "cpu":
         return bool((counts.numpy() == value).all())
     return bool((counts == value).all())

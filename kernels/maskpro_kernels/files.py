@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -121,7 +121,7 @@ def safetensors_stream(path: Path, specs: Sequence[TensorSpec], metadata: Mappin
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     places = {spec.name: (spec, 8 + len(text) + header[spec.name]["data_offsets"][0]) for spec in ordered}
-    written: list[int] = []
+    written: list[int] = []  # to append is atomic among threads, to add is not
     with atomic_file(path) as file:
         _write_at(file.fileno(), len(text).to_bytes(8, "little") + text, 0)
 
@@ -138,12 +138,17 @@ def safetensors_stream(path: Path, specs: Sequence[TensorSpec], metadata: Mappin
 
 
 def _write_at(descriptor: int, content: bytes | memoryview, place: int) -> None:
-    """Writes all of it, and has Linux begin to bring it to the disk, so that little is left when the file is synced."""
+    """Writes all of it, and has Linux begin to bring it to the disk, so that little is left when the file is synced.
+
+    That is what its page cache does with advice not to need a page that is not on the disk yet.
+    """
     begin, view = place, memoryview(content)
     while view:
         count = os.pwrite(descriptor, view, place)
         place, view = place + count, view[count:]
-    os.posix_fadvise(descriptor, begin, place - begin, os.POSIX_FADV_DONTNEED)
+    if place > begin:  # none would mean all of the file
+        with suppress(OSError):  # only advice
+            os.posix_fadvise(descriptor, begin, place - begin, os.POSIX_FADV_DONTNEED)
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

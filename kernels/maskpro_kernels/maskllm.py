@@ -17,13 +17,14 @@ from torch import Tensor
 
 from maskpro_kernels.masks import MaskFileError
 
+_KEPT = 4  # as many as threads that each read rows of another weight
 _NPY_HEADER = 4096
 """Bytes that the header of an array of bytes never needs."""
 _SUFFIX = ".mask.npy"
 
 
 class MaskLLMArchive:
-    """The masks of one archive; the last two that were asked for stay in memory, at one bit a weight. Thread-safe.
+    """The masks of one archive; the last four that were read stay in memory, at one bit a weight. Thread-safe.
 
     No array is read before its declared size is the expected one, so a small file cannot ask for much memory.
 
@@ -37,7 +38,7 @@ class MaskLLMArchive:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._latest: dict[str, np.ndarray] = {}  # two: threads at one weight's end and at the next one's beginning
+        self._latest: dict[str, np.ndarray] = {}
         self._lock = Lock()
         with self._open() as archive:
             self._members = {info.filename: info for info in archive.infolist()}
@@ -63,10 +64,9 @@ class MaskLLMArchive:
         """
         with self._lock:  # whoever else wants this mask meanwhile waits for it
             if (packed := self._latest.get(name)) is None:
-                packed = self._packed(name, shape)
-                for oldest in list(self._latest)[:-1]:
-                    del self._latest[oldest]
-                self._latest[name] = packed
+                while len(self._latest) >= _KEPT:
+                    del self._latest[next(iter(self._latest))]
+                packed = self._latest[name] = self._packed(name, shape)
         begin, end = first * shape[1], (first + rows) * shape[1]
         bits = np.unpackbits(packed[begin // 8 : (end + 7) // 8])[begin % 8 :][: end - begin]
         return torch.from_numpy(bits).view(torch.bool).reshape(rows, shape[1])

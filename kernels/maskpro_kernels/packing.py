@@ -176,16 +176,20 @@ def pack(dense: Tensor, pattern: NMPattern, mask: Tensor | None = None) -> NMWei
     Raises:
         ValueError: a wrong shape or dtype, m does not divide in_features, or the mask is not strict.
     """
-    if dense.ndim != 2:
-        raise ValueError(f"weight: expected 2 dimensions, found shape {tuple(dense.shape)}")
-    if dense.dtype not in WEIGHT_DTYPES:
-        raise ValueError(f"weight: expected one of {WEIGHT_DTYPES}, found {dense.dtype}")
+    _check_dense(dense)
     pattern.kept(dense.shape[1])
     if mask is None:
         mask = magnitude_mask(dense, pattern)
     elif mask.dtype != torch.bool or mask.shape != dense.shape:
         raise ValueError(f"mask: expected torch.bool {tuple(dense.shape)}, found {mask.dtype} {tuple(mask.shape)}")
     return pack_under(pack_bits(mask), dense, pattern)
+
+
+def _check_dense(dense: Tensor) -> None:
+    if dense.ndim != 2:
+        raise ValueError(f"weight: expected 2 dimensions, found shape {tuple(dense.shape)}")
+    if dense.dtype not in WEIGHT_DTYPES:
+        raise ValueError(f"weight: expected one of {WEIGHT_DTYPES}, found {dense.dtype}")
 
 
 def pack_under(bitmask: Tensor, dense: Tensor, pattern: NMPattern) -> NMWeight:
@@ -199,7 +203,14 @@ def pack_under(bitmask: Tensor, dense: Tensor, pattern: NMPattern) -> NMWeight:
     Raises:
         ValueError: the bitmask is not strict, or the parts disagree with each other.
     """
+    _check_dense(dense)
     out_features, in_features = dense.shape
+    expected, found = (out_features, bitmask_width(in_features)), tuple(bitmask.shape)
+    if bitmask.dtype != torch.uint8 or found != expected or bitmask.device != dense.device:
+        raise ValueError(
+            f"bitmask: expected torch.uint8 {expected} on {dense.device}, found {bitmask.dtype} {found} on "
+            f"{bitmask.device}"
+        )
     check_bits(bitmask, in_features, pattern)
     if dense.device.type == "cpu":
         values = _cpu.kept_values(dense.detach().contiguous(), bitmask.contiguous(), pattern.n, pattern.m)

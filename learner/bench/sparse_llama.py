@@ -28,7 +28,7 @@ from maskpro_kernels.files import write_atomically
 from maskpro_learner import calibration_blocks, initial_masks, text_perplexity
 from maskpro_learner.calibration import read_text
 from maskpro_learner.chat_quiz import quiz, read_questions
-from maskpro_learner.checkpoints import load_model, load_tokenizer
+from maskpro_learner.checkpoints import cast_weights, load_model, load_tokenizer
 from maskpro_learner.packed_model import load_for_evaluation
 from maskpro_learner.progress import quiet_transformers
 from maskpro_learner.tasks import read_task_file, run_tasks
@@ -45,17 +45,17 @@ def prepared(row: str, options: argparse.Namespace, tokens: Tensor) -> PreTraine
             return load_model(options.model, torch.float32)
         case "mask":
             model = load_for_evaluation(options.model, options.mask, torch.bfloat16).model
-            return model.float()
+            return cast_weights(model, torch.float32)
         case "mask and recovery":
             model = load_for_evaluation(options.model, options.mask, torch.bfloat16, recovery=options.recovery).model
-            return model.float()
+            return cast_weights(model, torch.float32)
         case "SparseGPT and refit":
             model = load_model(options.model, torch.float32)
             initial_masks(model, PATTERN, "sparsegpt", tokens=tokens, refit=True)
         case _:
             model = load_model(options.model, torch.float32)
             initial_masks(model, PATTERN, row.lower(), tokens=tokens)  # type: ignore[arg-type]
-    return model.bfloat16().float()
+    return cast_weights(cast_weights(model, torch.bfloat16), torch.float32)
 
 
 def measured(

@@ -128,7 +128,8 @@ def own_prompts(
     Args:
         model: a causal language model, trained on chats.
         tokenizer: its tokenizer, with a chat template.
-        count: messages to try; those longer than ``max_tokens``, empty or written before are left out.
+        count: messages to try; those longer than ``max_tokens``, empty, written before or with a special
+            token in them are left out.
         batch: messages written at once.
         max_tokens: the most a message may take.
         temperature: of the sampling, above 0.
@@ -136,13 +137,19 @@ def own_prompts(
         advance: called with the number of messages tried.
 
     Raises:
-        ModelError: the chat template does not show where the user's message begins, or no message ended in time.
+        ModelError: the chat template does not show where the user's message begins, has nothing before it, or no
+            message ended in time.
     """
     marker = "\N{SYMBOL FOR START OF TEXT}"
     head, found, tail = render_prompt(tokenizer, [{"role": "user", "content": marker}]).partition(marker)
     if not found:
         raise ModelError("the chat template leaves out the user's message: expected it in the prompt")
     turn = tail.strip()  # where turns do not end with an end token, the model writes this and goes on
+    if not head:
+        raise ModelError(
+            "the chat template begins with the user's message: expected something for a model to go on from"
+        )
+    special = tokenizer.all_special_tokens  # a message with one would be read as several turns
     prompts: dict[str, None] = {}
     for start in range(0, count, batch):
         size = min(batch, count - start)
@@ -151,7 +158,7 @@ def own_prompts(
             text, ended, _ = (
                 str(tokenizer.decode(tokens)).partition(turn) if turn else (_text(tokenizer, tokens), "", "")
             )
-            if (finished or ended) and text.strip():
+            if (finished or ended) and text.strip() and not any(token in text for token in special):
                 prompts[text.strip()] = None
         advance(size)
     if not prompts:

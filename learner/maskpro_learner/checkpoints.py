@@ -74,6 +74,18 @@ def load_model(name: str, dtype: torch.dtype, device: str = "cpu") -> PreTrained
     return moved
 
 
+def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Casts a model's floating-point weights in place, and returns it.
+
+    ``model.to(dtype)`` casts its buffers too: rotary frequencies, which transformers keeps in float32 whatever a model
+    is loaded in, would be rounded, and every position but the first ones be read as another.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    return model
+
+
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Loads the tokenizer of a model.
 

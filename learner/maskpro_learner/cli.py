@@ -128,7 +128,7 @@ def learn(options: argparse.Namespace, console: Console, world: World = ALONE) -
     files = RunFiles.beside(options.output)
     check_output(
         options.output, (files.checkpoint, files.log, files.curve) if options.steps else (),
-        [*options.calibration, *([source] if source else [])],
+        [options.model, *options.calibration, *([source] if source else [])],
     )  # fmt: skip
     check_model(options.model)
     if options.encoding == "states" and pattern.m != 4:

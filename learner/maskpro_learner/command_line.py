@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from maskpro_kernels.model_folder import CheckpointError, weight_files
 from maskpro_learner.checkpoints import weights_sha256
 from maskpro_learner.errors import LearnerError, ModelError
 
@@ -31,7 +33,7 @@ def check_output(output: Path, beside: Iterable[Path], inputs: Iterable[Path | s
     Args:
         output: a .safetensors file.
         beside: the files that are written beside it.
-        inputs: files, and names of other things.
+        inputs: files, folders of models, which stand for their weight files, and names of other things.
 
     Raises:
         LearnerError: another ending, no such folder, or the same file as an input.
@@ -41,6 +43,9 @@ def check_output(output: Path, beside: Iterable[Path], inputs: Iterable[Path | s
     if not output.parent.is_dir():
         raise LearnerError(f"{output}: its folder does not exist")
     read = {Path(name).resolve(): name for name in inputs if Path(name).exists()}
+    for folder in [path for path in read if path.is_dir()]:
+        with suppress(CheckpointError):  # of no safetensors files, or none of a model: what else reads it will say
+            read |= {path.resolve(): path for path in weight_files(folder)}
     for written in (output, *beside):
         if (name := read.get(written.resolve())) is not None:
             raise LearnerError(f"--output {output}: would write over {name}, which is an input: choose another name")

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from maskpro_kernels import LowRank, MaskFile, RecoveryFile, read_masks, read_recovery, write_recovery
 from maskpro_kernels.files import file_sha256
 from maskpro_learner.calibration import calibration_blocks, source_name
-from maskpro_learner.checkpoints import check_model, load_model, load_tokenizer, weights_sha256
+from maskpro_learner.checkpoints import cast_weights, check_model, load_model, load_tokenizer, weights_sha256
 from maskpro_learner.command_line import check_device, check_ids, check_output, other_base
 from maskpro_learner.errors import LearnerError
 from maskpro_learner.layers import select_layers
@@ -85,8 +85,9 @@ def recover(options: argparse.Namespace, console: Console) -> None:
     checkpoint, log = (options.output.with_suffix(suffix) for suffix in (".checkpoint", ".jsonl"))
     start = [options.start] if options.start is not None else []
     check_output(
-        options.output, (checkpoint, log) if options.steps else (), [options.mask, *options.calibration, *start]
-    )
+        options.output, (checkpoint, log) if options.steps else (),
+        [options.model, options.mask, *options.calibration, *start],
+    )  # fmt: skip
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise LearnerError("torchrun: the recovery is trained by one process")
     check_device(options.device)
@@ -111,7 +112,7 @@ def recover(options: argparse.Namespace, console: Console) -> None:
         updates, fits = _reconstruct(options, config, model, tokenizer, file)
     steps: list[DistillStep] = []
     if text is not None:
-        model.to(teacher.dtype)  # type: ignore[arg-type]
+        cast_weights(model, teacher.dtype)
         updates, steps = _distill(options, config, model, teacher, text, file, updates, json.dumps(origin), checkpoint)
     assert updates is not None
     write_recovery(options.output, updates, provenance=origin)
@@ -124,11 +125,13 @@ def _config(options: argparse.Namespace, started: RecoveryFile | None) -> Recove
     """The settings; the rank is that of the updates to start from, if there are any."""
     rank = RecoverConfig.rank if options.rank is None else options.rank
     if started is not None:
-        ranks = {update.b.shape[1] for update in started.updates.values()}
-        if options.rank is not None and ranks != {options.rank}:
-            expected = ", ".join(map(str, sorted(ranks)))
-            raise LearnerError(f"--rank: expected {expected}, as {options.start} has, found {rank}")
-        rank = max(ranks)
+        # The largest: that of a narrow layer is no more than its width.
+        found = max((update.b.shape[1] for update in started.updates.values()), default=0)
+        if not found:
+            raise LearnerError(f"--start {options.start}: expected low-rank updates, found none")
+        if options.rank not in (None, found):
+            raise LearnerError(f"--rank: expected {found}, as {options.start} has, found {rank}")
+        rank = found
     return RecoverConfig(
         rank, options.block_steps, options.block_learning_rate, options.steps, options.learning_rate,
         options.minibatch, options.batch, options.seed,

@@ -178,6 +178,8 @@ def _train_block(
 ) -> BlockFit:
     """Trains one block's updates on the mean squared difference from the dense model's hidden states."""
     before = _relative_error(index, runner, targets)
+    if not math.isfinite(before):
+        raise LearnerError(f"block {index}: the error before its fit is {before}: expected finite weights")
     factors = [factor for module in modules.values() for factor in module.parameters()]
     if not factors or not config.block_steps:  # no factors: the masks leave this block dense
         return BlockFit(index, before, before)

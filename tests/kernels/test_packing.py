@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from maskpro_kernels import NMPattern, NMWeight, _cpu, pack, unpack
 from maskpro_kernels.bits import count_bits, pack_bits, unpack_bits
-from maskpro_kernels.packing import check_bitmask, check_mask, magnitude_mask
+from maskpro_kernels.packing import check_bitmask, check_mask, magnitude_mask, pack_under
 
 PATTERNS = st.sampled_from([4, 8, 16, 32]).flatmap(lambda m: st.builds(NMPattern, st.integers(1, m), st.just(m)))
 DTYPES = st.sampled_from([torch.bfloat16, torch.float16, torch.float32])
@@ -147,10 +147,21 @@ def test_every_flipped_bit_is_found(pattern, columns):
 @given(PATTERNS, st.integers(1, 3), st.integers(1, 9), DTYPES, st.sampled_from([0x00, 0x01, 0x80, 0xFF]))
 @settings(deadline=None)
 def test_a_wrong_bitmask_reaches_no_memory_of_others(pattern, rows, groups, dtype, byte):
-    """Under the sanitizers; here, that every value is one of its row's."""
+    """Which the sanitizers see: whatever the bits say, as many values as the pattern has are made."""
     dense = torch.arange(rows, dtype=dtype).unsqueeze(1).repeat(1, groups * pattern.m)
     bitmask = torch.full((rows, (dense.shape[1] + 7) // 8), byte, dtype=torch.uint8)
     values = _cpu.kept_values(dense, bitmask, pattern.n, pattern.m)
     assert values.shape == (rows, groups * pattern.n)
     if byte == 0xFF:
         assert torch.equal(values, dense[:, : groups * pattern.n])
+
+
+def test_a_bitmask_of_another_shape_is_refused_before_it_is_read():
+    pattern, dense = NMPattern(2, 4), torch.ones(3, 16)
+    bitmask = pack_bits(magnitude_mask(dense, pattern))
+    assert torch.equal(pack_under(bitmask, dense, pattern).values, torch.ones(3, 8))
+    for wrong in (bitmask[:2], bitmask[:, :1], bitmask.to(torch.int8)):
+        with pytest.raises(ValueError, match=r"bitmask: expected torch\.uint8 \(3, 2\) on cpu, found"):
+            pack_under(wrong, dense, pattern)
+    with pytest.raises(ValueError, match="float64"):
+        pack_under(bitmask, dense.double(), pattern)

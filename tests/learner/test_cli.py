@@ -231,6 +231,9 @@ def test_nothing_that_is_read_is_written_over(
     assert main([*arguments, "--init", "magnitude"]) == 0
     assert main([*arguments, "--init", str(mask)]) == 2
     assert f"would write over {mask}, which is an input" in capsys.readouterr().err
+    weights = Path(arguments[arguments.index("--model") + 1]) / "model.safetensors"
+    assert main([*arguments, "--init", "magnitude", "--output", str(weights)]) == 2
+    assert f"would write over {weights}, which is an input" in capsys.readouterr().err
     assert main([*arguments, "--init", "magnitude", "--output", str(tmp_path / "mask.checkpoint")]) == 2
     assert "expected a name ending in .safetensors, found 'mask.checkpoint'" in capsys.readouterr().err
 

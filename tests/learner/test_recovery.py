@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from maskpro_kernels import NMPattern, read_recovery, write_masks
 from maskpro_kernels.packing import magnitude_mask
 from maskpro_learner import LearnerError, initial_masks, recover_cli
+from maskpro_learner.checkpoints import cast_weights
 from maskpro_learner.divergence import divergence
 from maskpro_learner.recover_cli import main
 from maskpro_learner.recovery import RecoverConfig, distill, reconstruct
@@ -167,7 +168,7 @@ def test_the_divergence_is_that_of_torch_and_so_is_its_gradient(dtype):
 
 def test_distillation_in_bfloat16_trains_float32_factors(tiny):
     model, tokens, masks = tiny
-    halved = copy.deepcopy(model).bfloat16()
+    halved = cast_weights(copy.deepcopy(model), torch.bfloat16)
     start = recover(tiny, dataclasses.replace(CONFIG, steps=0))
     steps = []
     found = distill(
@@ -228,14 +229,19 @@ def test_the_command_writes_a_recovery_file(model_folder, text_file, tmp_path, c
     assert main([*command, "--distill-samples", "4", "4"]) == 2
     assert "expected 1 numbers, one for each calibration source, found 2" in capsys.readouterr().err
     assert file.provenance["dtype"] == "float32"
-    dtypes = []
-    monkeypatch.setattr(
-        recover_cli, "distill", lambda *a, **k: dtypes.extend(m.dtype for m in a[:2]) or distill(*a, **k)
-    )
+    pairs = []
+    monkeypatch.setattr(recover_cli, "distill", lambda *a, **k: pairs.append(a[:2]) or distill(*a, **k))
     first = tmp_path / "first.safetensors"
     output.rename(first)
     assert main([*command, "--distill-samples", "4", "--start", str(first), "--dtype", "bfloat16"]) == 0
-    assert dtypes == [torch.bfloat16, torch.bfloat16]
+    assert [model.dtype for model in pairs[0]] == [torch.bfloat16, torch.bfloat16]
+    # Both read positions alike: rotary frequencies are no weights, and stay in float32.
+    buffers, expected = (dict(model.named_buffers()) for model in pairs[0])
+    assert buffers.keys() == expected.keys()
+    assert buffers
+    for name, buffer in buffers.items():
+        assert buffer.dtype == expected[name].dtype == torch.float32
+        assert torch.equal(buffer, expected[name])
     assert read_recovery(output).provenance["distill_samples"] == "4"
     assert read_recovery(output).provenance["dtype"] == "bfloat16"
     again = read_recovery(output).provenance  # of --start there is nothing here but what it says itself
