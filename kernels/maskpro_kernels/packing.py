@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from maskpro_kernels import _cpu
 from maskpro_kernels.bits import all_equal, bitmask_width, count_bits, pack_bits, unpack_bits
+from maskpro_kernels.errors import NativeLibraryError
 from maskpro_kernels.pattern import NMPattern
 
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -212,11 +214,14 @@ def pack_under(bitmask: Tensor, dense: Tensor, pattern: NMPattern) -> NMWeight:
             f"{bitmask.device}"
         )
     check_bits(bitmask, in_features, pattern)
+    return NMWeight(_kept_values(dense.detach(), bitmask, pattern), bitmask, (out_features, in_features), pattern)
+
+
+def _kept_values(dense: Tensor, bitmask: Tensor, pattern: NMPattern) -> Tensor:
     if dense.device.type == "cpu":
-        values = _cpu.kept_values(dense.detach().contiguous(), bitmask.contiguous(), pattern.n, pattern.m)
-    else:
-        values = dense[unpack_bits(bitmask, in_features)].reshape(out_features, pattern.kept(in_features))
-    return NMWeight(values, bitmask, (out_features, in_features), pattern)
+        with suppress(NativeLibraryError):  # a checkout that only a GPU uses need not be built
+            return _cpu.kept_values(dense.contiguous(), bitmask.contiguous(), pattern.n, pattern.m)
+    return dense[unpack_bits(bitmask, dense.shape[1])].reshape(len(dense), pattern.kept(dense.shape[1]))
 
 
 def unpack(weight: NMWeight) -> Tensor:

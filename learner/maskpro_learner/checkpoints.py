@@ -78,7 +78,7 @@ def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """Casts a model's floating-point weights in place, and returns it.
 
     ``model.to(dtype)`` casts its buffers too: rotary frequencies, which transformers keeps in float32 whatever a model
-    is loaded in, would be rounded, and every position but the first ones be read as another.
+    is loaded in, would be rounded, and so would positions.
     """
     for parameter in model.parameters():
         if parameter.is_floating_point():

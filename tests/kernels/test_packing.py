@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from maskpro_kernels import NMPattern, NMWeight, _cpu, pack, unpack
 from maskpro_kernels.bits import count_bits, pack_bits, unpack_bits
+from maskpro_kernels.errors import NativeLibraryError
 from maskpro_kernels.packing import check_bitmask, check_mask, magnitude_mask, pack_under
 
 PATTERNS = st.sampled_from([4, 8, 16, 32]).flatmap(lambda m: st.builds(NMPattern, st.integers(1, m), st.just(m)))
@@ -165,3 +166,15 @@ def test_a_bitmask_of_another_shape_is_refused_before_it_is_read():
             pack_under(wrong, dense, pattern)
     with pytest.raises(ValueError, match="float64"):
         pack_under(bitmask, dense.double(), pattern)
+
+
+def test_packing_needs_no_native_library(monkeypatch):
+    def missing():
+        raise NativeLibraryError("not built")
+
+    dense = torch.randn(3, 36).bfloat16()
+    weight = pack(dense, NMPattern(2, 4))
+    monkeypatch.setattr(_cpu, "library", missing)
+    again = pack(dense, NMPattern(2, 4))
+    assert torch.equal(again.values, weight.values)
+    assert torch.equal(again.bitmask, weight.bitmask)
