@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import math
 import signal
 import time
@@ -62,6 +63,7 @@ class Process:
         self.started = True
         config = app.state.vllm_config
         announce(config)
+        logging.getLogger("vllm.v1.engine.async_llm").addFilter(self._is_news)
         for number in (signal.SIGTERM, signal.SIGINT):
             self._watch(number, asyncio.get_running_loop(), max(0.0, config.shutdown_timeout - _LAST_SECONDS))
         if self.loading is not None:
@@ -80,6 +82,17 @@ class Process:
                 previous(signum, frame)
 
         signal.signal(number, stop)
+
+    def _is_news(self, record: logging.LogRecord) -> bool:
+        """False for the stack trace of an engine that ended because it was asked to, with nothing left to answer.
+
+        vLLM closes the engine's socket, then cancels the task that reads it, from another thread: on a busy machine
+        the task runs between the two, and reports the engine's death as an error.
+        """
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        over = self.stopping and (self.out_of_time or not self.requests)
+        return not (over and record.exc_info and isinstance(record.exc_info[1], EngineDeadError))
 
     def _end_requests(self) -> None:
         self.ends_at = min(self.ends_at, time.monotonic())  # uvloop's timers may be a millisecond early

@@ -113,6 +113,25 @@ def test_a_request_that_its_client_cancels_is_no_drain(process, lines):
     assert lines[0]["outcome"] == "failed"
 
 
+@pytest.mark.vllm
+def test_an_engine_that_was_asked_to_end_is_no_error(process):
+    dead = pytest.importorskip("vllm.v1.engine.exceptions").EngineDeadError
+
+    def is_written(error):
+        record = logging.LogRecord("engine", logging.ERROR, __file__, 1, "failed", None, (type(error), error, None))
+        return process._is_news(record)
+
+    assert is_written(dead())
+    process.stopping = True
+    assert not is_written(dead())
+    assert is_written(ValueError())
+    assert process._is_news(logging.LogRecord("engine", logging.INFO, __file__, 1, "a line", None, None))
+    process.requests.add(object())
+    assert is_written(dead())  # something is left to answer: it died early
+    process.ends_at = 0.0  # the drain's time is over, and what is left is told so
+    assert not is_written(dead())
+
+
 @pytest.mark.parametrize(("path", "refused"), [("/v1/models", True), ("/ready", True), ("/metrics", False)])
 def test_new_requests_are_refused_while_stopping(process, lines, path, refused):
     async def application(scope, receive, send):
