@@ -89,10 +89,8 @@ class Process:
         vLLM closes the engine's socket, then cancels the task that reads it, from another thread: on a busy machine
         the task runs between the two, and reports the engine's death as an error.
         """
-        from vllm.v1.engine.exceptions import EngineDeadError
-
         over = self.stopping and (self.out_of_time or not self.requests)
-        return not (over and record.exc_info and isinstance(record.exc_info[1], EngineDeadError))
+        return not (over and record.exc_info and type(record.exc_info[1]).__name__ == "EngineDeadError")
 
     def _end_requests(self) -> None:
         self.ends_at = min(self.ends_at, time.monotonic())  # uvloop's timers may be a millisecond early
