@@ -38,8 +38,9 @@ setup native: $(VENV)/.native
 serve: setup
 	$(BIN)/maskpro-serve --model $(MODEL) $(ARGS)
 
+# Two files at a time: most of the time goes to imports and to one thread's work, and it halves.
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 check: setup
 	$(BIN)/ruff check .

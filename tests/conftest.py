@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+# Before the first import of torch: beside another test process, threads that spin while they wait only take its cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 REPOSITORY = Path(__file__).parent.parent
 
 
