@@ -125,6 +125,7 @@ def main() -> None:
             for tool in sorted(tools, reverse=round_number % 2 == 1):  # A B, B A: a drift meets both alike
                 time.sleep(IDLE_SECONDS)
                 runs[tool].append(tools[tool]())
+    os.sched_setaffinity(0, cores)  # the report counts them
     report(runs, arguments)
 
 
