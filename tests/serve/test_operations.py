@@ -32,7 +32,7 @@ from server import Server, free_port
 
 from maskpro_serve.metrics import sampling_period, token_range
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.alone, pytest.mark.vllm, pytest.mark.timeout(300)]
 
 MONITORING = Path(__file__).parents[2] / "docs" / "monitoring"
 KEY = "sk-key-that-must-not-be-logged"

@@ -25,7 +25,7 @@ from operated import (
 )
 from server import Server
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.alone, pytest.mark.vllm, pytest.mark.timeout(300)]
 
 
 def answers(url: str, path: str) -> int | None:
