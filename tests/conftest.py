@@ -37,6 +37,7 @@ def _turn(folder: Path, *, alone: bool) -> Iterator[None]:
         fcntl.flock(room, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
         fcntl.flock(gate, fcntl.LOCK_UN)
         yield
+        fcntl.flock(room, fcntl.LOCK_UN)  # a fork that a test left behind would hold it
 
 
 @pytest.fixture(scope="session")
