@@ -43,6 +43,8 @@ class Process:
         stopping: a signal asked it to stop.
         ends_at: when the requests that are left then are ended, on the monotonic clock.
         requests: the tasks of HTTP requests under way.
+        handlers: ours, by signal.
+        watching: installs them again where vLLM has replaced them.
     """
 
     loading: LoadingServer | None = None
@@ -50,6 +52,8 @@ class Process:
     stopping: bool = False
     ends_at: float = math.inf
     requests: set[asyncio.Task[Any]] = field(default_factory=set)
+    handlers: dict[int, Callable[[int, FrameType | None], None]] = field(default_factory=dict)
+    watching: asyncio.Future[None] | None = None
 
     @property
     def out_of_time(self) -> bool:
@@ -57,21 +61,36 @@ class Process:
         return time.monotonic() >= self.ends_at
 
     def ready(self, app: Any) -> None:
-        """vLLM is about to accept requests, and has installed its signal handlers."""
+        """vLLM is about to accept requests."""
         from maskpro_serve.startup import announce
 
         self.started = True
         config = app.state.vllm_config
         announce(config)
         logging.getLogger("vllm.v1.engine.async_llm").addFilter(self._is_news)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._watch(number, asyncio.get_running_loop(), max(0.0, config.shutdown_timeout - _LAST_SECONDS))
+        seconds = max(0.0, config.shutdown_timeout - _LAST_SECONDS)
+        self.watch_signals(seconds)
+        self.watching = asyncio.ensure_future(self.watch_signals_again(app.state.server, seconds))
         if self.loading is not None:
             self.loading.stop()
+
+    def watch_signals(self, seconds: float) -> None:
+        """Hears of SIGTERM and SIGINT beside vLLM, and ends what is left ``seconds`` later."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._watch(number, asyncio.get_running_loop(), seconds)
+
+    async def watch_signals_again(self, server: Any, seconds: float) -> None:
+        """vLLM 0.27 looks every 0.1 s whether uvicorn has started, and then installs its handlers over ours."""
+        while not server.started:
+            await asyncio.sleep(0.05)
+        await asyncio.sleep(0.2)
+        self.watch_signals(seconds)
 
     def _watch(self, number: int, loop: asyncio.AbstractEventLoop, seconds: float) -> None:
         # The event loop runs vLLM's handler when the signal wakes it, whatever Python's own handler is.
         previous = signal.getsignal(number)
+        if previous is self.handlers.get(number):
+            return
 
         def stop(signum: int, frame: FrameType | None) -> None:
             if not self.stopping:
@@ -81,6 +100,7 @@ class Process:
             if callable(previous):
                 previous(signum, frame)
 
+        self.handlers[number] = stop
         signal.signal(number, stop)
 
     def _is_news(self, record: logging.LogRecord) -> bool:

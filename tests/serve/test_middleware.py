@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
+import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -111,6 +114,41 @@ def test_a_request_that_its_client_cancels_is_no_drain(process, lines):
     with pytest.raises(asyncio.CancelledError):
         asyncio.run(call(RequestLog(Lifecycle(application))))
     assert lines[0]["outcome"] == "failed"
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_signals_are_heard_beside_vllm_s_handler_whenever_it_comes(process, late):
+    heard = []
+
+    async def run():
+        loop = asyncio.get_running_loop()
+        server = SimpleNamespace(started=False)
+
+        def install():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, heard.append, number)
+
+        if not late:
+            install()
+        process.watch_signals(5.0)
+        process.watching = asyncio.ensure_future(process.watch_signals_again(server, 5.0))
+        server.started = True
+        if late:
+            await asyncio.sleep(0.1)
+            install()
+        await process.watching
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.sleep(0.1)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        asyncio.run(run())
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert heard == [signal.SIGTERM]
+    assert process.stopping
+    assert 4 < process.ends_at - time.monotonic() < 5
 
 
 @pytest.mark.vllm
