@@ -38,7 +38,7 @@ setup native: $(VENV)/.native
 serve: setup
 	$(BIN)/maskpro-serve --model $(MODEL) $(ARGS)
 
-# Two files at a time: most of the time goes to imports and to one thread's work, and it halves.
+# Two files at a time: most of the time goes to imports and to one thread's work.
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
