@@ -53,7 +53,7 @@ class Process:
     ends_at: float = math.inf
     requests: set[asyncio.Task[Any]] = field(default_factory=set)
     handlers: dict[int, Callable[[int, FrameType | None], None]] = field(default_factory=dict)
-    watching: asyncio.Future[None] | None = None
+    watching: asyncio.Task[None] | None = None
 
     @property
     def out_of_time(self) -> bool:
@@ -68,23 +68,27 @@ class Process:
         config = app.state.vllm_config
         announce(config)
         logging.getLogger("vllm.v1.engine.async_llm").addFilter(self._is_news)
-        seconds = max(0.0, config.shutdown_timeout - _LAST_SECONDS)
-        self.watch_signals(seconds)
-        self.watching = asyncio.ensure_future(self.watch_signals_again(app.state.server, seconds))
+        self.watch_signals(app.state.server, max(0.0, config.shutdown_timeout - _LAST_SECONDS))
         if self.loading is not None:
             self.loading.stop()
 
-    def watch_signals(self, seconds: float) -> None:
+    def watch_signals(self, server: Any, seconds: float) -> None:
         """Hears of SIGTERM and SIGINT beside vLLM, and ends what is left ``seconds`` later."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._watch(number, asyncio.get_running_loop(), seconds)
+        loop = asyncio.get_running_loop()
 
-    async def watch_signals_again(self, server: Any, seconds: float) -> None:
-        """vLLM 0.27 looks every 0.1 s whether uvicorn has started, and then installs its handlers over ours."""
-        while not server.started:
-            await asyncio.sleep(0.05)
-        await asyncio.sleep(0.2)
-        self.watch_signals(seconds)
+        def watch() -> None:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._watch(number, loop, seconds)
+
+        async def watch_again() -> None:
+            # vLLM 0.27 looks every 0.1 s whether uvicorn has started, and then installs its handlers over these.
+            while not server.started:
+                await asyncio.sleep(0.05)
+            await asyncio.sleep(0.2)
+            watch()
+
+        watch()
+        self.watching = loop.create_task(watch_again())
 
     def _watch(self, number: int, loop: asyncio.AbstractEventLoop, seconds: float) -> None:
         # The event loop runs vLLM's handler when the signal wakes it, whatever Python's own handler is.

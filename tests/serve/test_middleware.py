@@ -130,8 +130,7 @@ def test_signals_are_heard_beside_vllm_s_handler_whenever_it_comes(process, late
 
         if not late:
             install()
-        process.watch_signals(5.0)
-        process.watching = asyncio.ensure_future(process.watch_signals_again(server, 5.0))
+        process.watch_signals(server, 5.0)
         server.started = True
         if late:
             await asyncio.sleep(0.1)
