@@ -19,6 +19,7 @@ from maskpro_kernels.packed_checkpoint import PackedFormat
 from maskpro_serve.dense_model import DenseModel, open_dense_model
 from maskpro_serve.packing_plan import Plan, packed_specs, plan_by_masks, plan_by_zeros, plan_shards
 from maskpro_serve.partial_output import PartialOutput, file_identity, partial_output
+from maskpro_serve.read_ahead import reading_ahead
 from maskpro_serve.shard_writer import RowPacker, write_rest, write_shard
 
 SHARD_BYTES = 1 << 30
@@ -92,7 +93,8 @@ def convert(
         raise CheckpointError(f"values: expected 'int8' or none, found {values!r}")
     if target.exists():
         raise FileExistsError(f"{target}: already exists; remove it or choose another --output")
-    dense = open_dense_model(source)
+    with reading_ahead(sorted(source.glob("*.safetensors"))):
+        dense = open_dense_model(source)  # imports transformers, which takes seconds
     masks = None
     if mask is not None:
         if pattern == "auto":
