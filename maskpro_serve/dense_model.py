@@ -61,9 +61,13 @@ def _linear_weights(folder: Path, headers: Mapping[str, TensorInfo]) -> list[str
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(folder)
+        # Without a word on trust, transformers asks on the terminal whether to run the folder's own code.
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        _check_layers(config, folder, len(headers))
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except CheckpointError:
+        raise
     except Exception as error:  # whatever a model's constructor makes of a bad configuration
         first = str(error).strip().split("\n")[0]
         raise CheckpointError(
@@ -81,3 +85,12 @@ def _linear_weights(folder: Path, headers: Mapping[str, TensorInfo]) -> list[str
                 f"{headers[name]}: expected shape {shape} from config.json, found {headers[name].shape}"
             )
     return [name for name in headers if name in linears]
+
+
+def _check_layers(config: Any, folder: Path, tensors: int) -> None:
+    """Refuses a number of layers that the files cannot hold, before a model of as many is built."""
+    layers = getattr(config, "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > tensors:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: num_hidden_layers: {layers} layers cannot be in the {tensors} tensors there are"
+        )

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 
@@ -69,7 +70,8 @@ def _table(layers: Sequence[object]) -> Table:
         alike.setdefault((name, pattern, f"{layer.shape[0]} x {layer.shape[1]}", layer.dtype, kernel), []).append(layer)
     for (name, pattern, shape, dtype, kernel), group in alike.items():
         nbytes, dense = sum(layer.nbytes for layer in group), sum(layer.dense_nbytes for layer in group)
-        table.add_row(name, str(len(group)), pattern, shape, dtype, f"{nbytes / 1e6:.2f}", f"{dense / 1e6:.2f}", kernel)
+        sizes = f"{nbytes / 1e6:.2f}", f"{dense / 1e6:.2f}"
+        table.add_row(escape(name), str(len(group)), pattern, shape, dtype, *sizes, escape(kernel))
     return table
 
 

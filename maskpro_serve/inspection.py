@@ -21,7 +21,7 @@ from maskpro_kernels.packed_checkpoint import (
 )
 from maskpro_kernels.support import select_backend
 from maskpro_serve.dense_model import open_dense_model
-from maskpro_serve.served import legacy_format
+from maskpro_serve.served import check_served, legacy_format
 from maskpro_serve.zero_patterns import count_zeros
 
 SAMPLE_ROWS = 64
@@ -77,6 +77,8 @@ class Inspection:
 def inspect(folder: Path) -> Inspection:
     """Reads the headers of a folder, packed or dense; of dense weights also a sample of rows, of packed ones no values.
 
+    Of a dense folder of compressed-tensors' 8-bit values, the linears are those that have a scale.
+
     Raises:
         CheckpointError: it is neither, or something in it is wrong.
     """
@@ -89,11 +91,14 @@ def inspect(folder: Path) -> Inspection:
         dense = [info for name, info in headers.items() if name.removesuffix(".weight") in packed.ignore]
         layers += tuple(_dense_layer(info) for info in dense if len(info.shape) == 2 and info.name != "lm_head.weight")
         return _inspection(folder, "packed", packed.pattern, layers, headers, packed.provenance or {})
-    legacy = legacy_format(folder)
-    if legacy is not None and legacy.compressed:
-        names, pattern = packed_names(headers), legacy.pattern
-        layers = tuple(_packed_layer(headers, name, pattern) for name in names)
-        return _inspection(folder, "sparse-24-bitmask", pattern, layers, headers, {})
+    if (legacy := legacy_format(folder)) is not None:
+        check_served(folder, contents=False)
+        layers = tuple(_packed_layer(headers, name, legacy.pattern) for name in packed_names(headers))
+        if legacy.compressed:
+            return _inspection(folder, "sparse-24-bitmask", legacy.pattern, layers, headers, {})
+        if legacy.groups:
+            quantized = [info for name, info in headers.items() if _is_quantized(name, headers)]
+            return _inspection(folder, "dense", None, tuple(map(_dense_layer, quantized)), headers, {})
     model = open_dense_model(folder)
     layers = tuple(_dense_layer(model.headers[name]) for name in model.linears)
     return _inspection(folder, "dense", None, layers, headers, {})
@@ -105,6 +110,11 @@ def _inspection(
 ) -> Inspection:  # fmt: skip
     other = sum(info.nbytes for info in headers.values()) - sum(layer.nbytes for layer in layers)
     return Inspection(str(folder), kind, None if pattern is None else str(pattern), layers, other, provenance)
+
+
+def _is_quantized(name: str, headers: Mapping[str, TensorInfo]) -> bool:
+    prefix = name.removesuffix(".weight")
+    return prefix != name and prefix + SCALE_SUFFIX in headers
 
 
 def _packed_layer(headers: Mapping[str, TensorInfo], name: str, pattern: NMPattern) -> Layer:
@@ -123,7 +133,8 @@ def _packed_layer(headers: Mapping[str, TensorInfo], name: str, pattern: NMPatte
 def _dense_layer(info: TensorInfo) -> Layer:
     rows, columns = info.shape
     with open_safetensors(info.file) as file:
-        zeros = count_zeros(columns, [file.get_slice(info.name)[:SAMPLE_ROWS]])
+        rows_read = file.get_slice(info.name)[:SAMPLE_ROWS]
+    zeros = count_zeros(columns, [rows_read.float() if info.dtype == torch.float8_e4m3fn else rows_read])
     assert info.dtype is not None
     return Layer(
         info.name.removesuffix(".weight"), None, (rows, columns), _name(info.dtype), info.nbytes, info.nbytes,

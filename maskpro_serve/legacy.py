@@ -107,7 +107,8 @@ def sparsity_of(quantization: Any) -> Mapping[str, Any] | None:
     """The ``sparsity_config`` of a compressed-tensors configuration; None where there is none, or it is another's."""
     if not isinstance(quantization, Mapping):
         return None
-    if str(quantization.get("quant_method")).lower().replace("_", "-") != "compressed-tensors":
+    # The first compressed-tensors wrote no quant_method; nobody else writes a sparsity_config.
+    if str(quantization.get("quant_method", "compressed-tensors")).lower().replace("_", "-") != "compressed-tensors":
         return None
     sparsity = quantization.get("sparsity_config")
     return sparsity if isinstance(sparsity, Mapping) else None
@@ -148,17 +149,17 @@ def pattern_of_zeros(quantization: Any, where: str) -> NMPattern | None:
 def claims(config: Mapping[str, Any]) -> bool:
     """Whether a ``quantization_config`` is ours: to serve, or to refuse as nobody else can read it.
 
-    A dense checkpoint that we cannot serve sparse (int4 values, say) is not: whoever reads its quantization may.
+    A dense checkpoint that we cannot serve sparse (int4 values, or no layer named) is not: whoever reads its
+    quantization may.
     """
     if not has_sparsity(config):
         return False
     if config["sparsity_config"].get("format") != DENSE:
         return True
     try:
-        LegacyFormat.from_dict(config, where="quantization_config")
+        return bool(LegacyFormat.from_dict(config, where="quantization_config").targets)
     except CheckpointError:
         return False
-    return True
 
 
 def _groups(config: Mapping[str, Any], where: str) -> tuple[tuple[tuple[str, ...], LinearScheme], ...]:

@@ -119,10 +119,12 @@ class NMLinear(nn.Module):
         return None if self.weight_scale is None else self.weight_scale.flatten()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NMLinear:
-        """Moves and casts the stored weight; scales stay float32."""
+        """Moves the stored weight; a cast is of activations: kept values and scales have the checkpoint's dtypes."""
         self._unsettle()
-        scale = self.weight_scale
+        kept, scale = self.compressed, self.weight_scale
         super()._apply(fn, recurse)
+        if kept is not None and self.compressed is not None and self.compressed.dtype != kept.dtype:
+            self.compressed = kept.to(self.compressed.device)
         if scale is not None and self.weight_scale is not None and self.weight_scale.dtype != torch.float32:
             self.weight_scale = scale.to(self.weight_scale.device)
         self.settle()

@@ -17,6 +17,8 @@ from maskpro_kernels.packed_checkpoint import SCALE_SUFFIX
 from maskpro_serve.dense_model import DenseModel
 from maskpro_serve.zero_patterns import choose_pattern, find_zeros
 
+_GATE = "a gate of one output, which vLLM keeps dense"
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -63,7 +65,9 @@ def plan_by_masks(model: DenseModel, masks: MaskSource) -> Plan:
     packed, dense = [], {}
     for name in model.linears:
         prefix = name.removesuffix(".weight")
-        if masks.names is None or name in masks.names:
+        if _is_gate(model.headers[name]):
+            dense[prefix] = _GATE
+        elif masks.names is None or name in masks.names:
             packed.append(prefix)
         else:
             dense[prefix] = "there is no mask for it"
@@ -96,13 +100,20 @@ def plan_by_zeros(model: DenseModel, pattern: NMPattern | None, advance: Callabl
         prefix = name.removesuffix(".weight")
         if (tightest := each.tightest) is not None:
             found[prefix] = str(tightest)
-        if each.satisfies(chosen):
+        if _is_gate(model.headers[name]):
+            dense[prefix] = _GATE
+        elif each.satisfies(chosen):
             packed.append(prefix)
         else:
             dense[prefix] = each.why_not(chosen)
     if not packed:
         raise CheckpointError(f"{model.folder}: no linear satisfies {chosen}; learn a mask with maskpro-learn")
     return Plan(chosen, tuple(packed), dense, found)
+
+
+def _is_gate(info: TensorInfo) -> bool:
+    """Whether a linear scales a whole layer, as Qwen2-MoE's ``shared_expert_gate`` does its shared expert."""
+    return info.shape[0] == 1
 
 
 def packed_specs(info: TensorInfo, pattern: NMPattern, values: str | None) -> list[TensorSpec]:

@@ -48,6 +48,21 @@ def check_served(folder: Path, *, contents: bool) -> PackedFormat | LegacyFormat
     return legacy
 
 
+def stored_dtype(folder: Path) -> torch.dtype | None:
+    """The one dtype of a local checkpoint's packed values, or where none is packed of its matrices.
+
+    8-bit values do not count. None where there are several, or none.
+
+    Raises:
+        CheckpointError: a file is missing or truncated.
+    """
+    floats = {name: info for name, info in read_headers(folder).items() if info.dtype in WEIGHT_DTYPES}
+    packed = {info.dtype for name, info in floats.items() if name.endswith(".compressed")}
+    dense = {info.dtype for name, info in floats.items() if name.endswith(".weight") and len(info.shape) == 2}
+    dtypes = packed or dense
+    return dtypes.pop() if len(dtypes) == 1 else None
+
+
 def legacy_format(folder: Path) -> LegacyFormat | None:
     """The folder's format, if compressed-tensors wrote it and it is ours to serve or to refuse.
 

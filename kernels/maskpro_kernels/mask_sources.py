@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -188,7 +189,7 @@ class _ZerosSource(MaskSource):
     def __init__(self, path: Path, pattern: NMPattern) -> None:
         self.path, self.pattern = path, pattern
         self.provenance = {"method": f"zeros of {path.resolve().name}"}
-        if read_config(path).get("quantization_config"):
+        if (quantization := read_config(path).get("quantization_config")) and not _says_zeros_only(quantization):
             raise CheckpointError(
                 f"{path / 'config.json'}: expected dense tensors with zeros, found a quantization_config"
             )
@@ -213,6 +214,14 @@ class _ZerosSource(MaskSource):
                 f"{counts.numel()} groups have too many"
             )
         return fill_up(kept, counts, weight, self.pattern)
+
+
+def _says_zeros_only(quantization: Any) -> bool:
+    """Whether a ``quantization_config`` is compressed-tensors' word for plain tensors with zeros."""
+    if not isinstance(quantization, dict) or quantization.get("config_groups"):
+        return False
+    sparsity = quantization.get("sparsity_config")
+    return isinstance(sparsity, dict) and sparsity.get("format") == "dense"
 
 
 def fill_up(kept: Tensor, counts: Tensor, weight: Tensor, pattern: NMPattern) -> Tensor:

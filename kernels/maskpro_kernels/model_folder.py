@@ -55,10 +55,10 @@ def open_safetensors(path: Path) -> Iterator[Any]:
         CheckpointError: the file is missing, truncated or no safetensors file.
     """
     try:
+        if not path.is_file():  # to open a pipe would never end
+            raise CheckpointError(f"{path}: no such file")
         with safe_open(path, framework="pt") as file:
             yield file
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: no such file") from error
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: truncated or not a safetensors file: {error}") from error
 
@@ -72,10 +72,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
     path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; expected a Hugging Face model folder")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: no such file; expected a Hugging Face model folder") from error
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable JSON: {error}") from error
     if not isinstance(config, dict):
@@ -90,7 +90,7 @@ def read_index(folder: Path) -> dict[str, str] | None:
         CheckpointError: the index is unreadable or names a file outside the folder.
     """
     index = folder / INDEX
-    if not index.exists():
+    if not index.is_file():
         return None
     try:
         weight_map: dict[str, str] = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
@@ -127,6 +127,8 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
     for path in weight_files(folder):
         with open_safetensors(path) as file:
             for name in file.offset_keys():
+                if not name.isprintable():
+                    raise CheckpointError(f"{path}: a tensor's name has characters that cannot be printed: {name!r}")
                 view = file.get_slice(name)
                 info = TensorInfo(path, name, _DTYPES.get(view.get_dtype()), tuple(view.get_shape()))
                 if name in infos:

@@ -14,13 +14,14 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.platforms import current_platform
 
 import maskpro_kernels.ops  # noqa: F401  (registers torch.ops.maskpro in every vLLM process)
+from maskpro_kernels.packing import WEIGHT_DTYPES
 from maskpro_serve.checkpoint import CheckpointError, PackedFormat
 from maskpro_serve.legacy import LegacyFormat, claims
 from maskpro_serve.metrics import LayerTally
 from maskpro_serve.quantization.head import HeadMethod
 from maskpro_serve.quantization.linear import NMLinearMethod
 from maskpro_serve.scheme import LinearScheme, scheme_of_packed
-from maskpro_serve.served import check_served
+from maskpro_serve.served import check_served, stored_dtype
 
 logger = logging.getLogger("vllm.maskpro")
 
@@ -37,6 +38,8 @@ class MaskProConfig(QuantizationConfig):
     Attributes:
         format: what the checkpoint's configuration says of every linear.
         pattern: the (N:M) pattern of every packed linear.
+        stored: dtype of the checkpoint's weights that are not of 8 bits; None where it is not known. `--dtype float32`
+            widens activations, never the stored weights.
         tally: counts the layers of this process as they load.
     """
 
@@ -44,6 +47,7 @@ class MaskProConfig(QuantizationConfig):
         super().__init__()
         self.format = format
         self.pattern = format.pattern
+        self.stored: torch.dtype | None = None
         self.tally = LayerTally(format.pattern)
 
     def __repr__(self) -> str:
@@ -94,14 +98,20 @@ class MaskProConfig(QuantizationConfig):
         return cls(legacy)
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
-        """Checks a local checkpoint's headers, once, before any weight is read; there may be none (dummy weights)."""
+        """Checks a local checkpoint's headers, once, before any weight is read; there may be none (dummy weights).
+
+        The weights' dtype is their own, not what config.json says: whoever loads and saves a model changes that.
+        """
+        said = getattr(hf_config, "dtype", None)  # now, for vLLM may overwrite it when it builds the model
+        self.stored = said if said in WEIGHT_DTYPES else None
         folder = Path(model_name)
         if any(folder.glob("*.safetensors*")):
             check_served(folder, contents=False)
+            self.stored = stored_dtype(folder) or self.stored
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, ParallelLMHead):
-            return HeadMethod()
+            return HeadMethod(self.stored)
         if not isinstance(layer, LinearBase):
             if prefix.rpartition(".")[2].endswith("experts"):
                 self.tally.experts()

@@ -24,21 +24,29 @@ _MOST_TOKENS = 32
 
 
 class HeadMethod(UnquantizedEmbeddingMethod):
-    """An output head of 16-bit weights under float32 activations on the CPU; anything else is vLLM's own."""
+    """An output head of 16-bit weights under float32 activations on the CPU; anything else is vLLM's own.
+
+    Args:
+        stored: dtype of the checkpoint's weights, if it is known.
+    """
+
+    def __init__(self, stored: torch.dtype | None) -> None:
+        super().__init__()
+        self._stored = stored
 
     def process_weights_after_loading(self, layer: Any) -> None:
         super().process_weights_after_loading(layer)
         config = get_current_vllm_config().model_config
         weight = layer.weight.data
-        stored = config.hf_config.dtype
+        stored = self._stored
         if (
-            weight.device.type != "cpu" or config.dtype != torch.float32 or stored not in _HALVES
+            weight.device.type != "cpu" or config.dtype != torch.float32 or stored is None or stored not in _HALVES
             or not DENSE.divides(weight.shape[1]) or select_backend(DENSE, config.dtype, stored, "cpu").isa is None
         ):  # fmt: skip
             return
         narrow = weight.to(stored)
         if not torch.equal(narrow.to(weight.dtype), weight):
-            return  # a head of more bits than config.json says of the model
+            return  # a head of more bits than the model's other weights
         order = interleave_dense(narrow)
         layer.maskpro_head = Parameter(order.data, requires_grad=False)
         layer.maskpro_head_dtype = order.dtype

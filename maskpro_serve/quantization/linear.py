@@ -18,7 +18,6 @@ from maskpro_kernels import NMWeight
 from maskpro_kernels.activations import EightBitInputs
 from maskpro_kernels.cuda import prepare, remember
 from maskpro_kernels.interleaved import interleave
-from maskpro_kernels.packing import WEIGHT_DTYPES
 from maskpro_kernels.support import select_backend
 from maskpro_serve.checkpoint import CheckpointError
 from maskpro_serve.freed_memory import return_freed_memory
@@ -70,7 +69,7 @@ class NMLinearMethod(LinearMethodBase):
             pattern,
             input_size_per_partition,
             output_partition_sizes,
-            self.scheme.values or _stored_dtype(params_dtype),
+            self.scheme.values or self.config.stored or params_dtype,
             extra_weight_attrs["weight_loader"],
             self.prefix,
         )
@@ -144,9 +143,3 @@ class NMLinearMethod(LinearMethodBase):
         layer.weight = Parameter(layer.weight.data.to(layer.params_dtype), requires_grad=False)
         self.dense.process_weights_after_loading(layer)
         self.config.tally.stayed_dense(len(layer.maskpro_partitions))
-
-
-def _stored_dtype(params_dtype: torch.dtype) -> torch.dtype:
-    """The checkpoint's own dtype: `--dtype float32` widens activations, never the stored weights."""
-    stored = get_current_vllm_config().model_config.hf_config.dtype
-    return stored if stored in WEIGHT_DTYPES else params_dtype

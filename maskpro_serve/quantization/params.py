@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.parameter import BasevLLMParameter, ModelWeightParameter, PerTensorScaleParameter
 
 from maskpro_kernels import NMPattern
@@ -47,8 +48,8 @@ class PackedParameter(ModelWeightParameter):
             )
         if not _widens(loaded_weight.dtype, self.data.dtype):
             raise CheckpointError(
-                f"{self.tensor_name}: expected {self.data.dtype}, the dtype in the model's config.json, found "
-                f"{loaded_weight.dtype} in the checkpoint"
+                f"{self.tensor_name}: expected {self.data.dtype}, as the checkpoint's other weights, found "
+                f"{loaded_weight.dtype}"
             )
         self.loaded_rows += loaded_weight.shape[0]
 
@@ -61,6 +62,11 @@ class PackedParameter(ModelWeightParameter):
         rows, columns = self.data.shape
         self._expect(loaded_weight, rows, columns * self.tp_size)
         super().load_row_parallel_weight(loaded_weight)
+
+    def load_replicated_weight(self, loaded_weight: Tensor) -> None:
+        """Loads all of it, as every rank does."""
+        self._expect(loaded_weight, *self.data.shape)
+        self.data.copy_(loaded_weight)
 
     def load_merged_column_weight(self, loaded_weight: Tensor, **kwargs: Any) -> None:
         self._expect(loaded_weight, kwargs["shard_size"] * self.tp_size, self.data.shape[1])
@@ -77,8 +83,7 @@ class ScaleParameter(PackedParameter):
     """A shard of ``weight_scale`` (out_features, 1), which every rank of a row-parallel layer holds whole."""
 
     def load_row_parallel_weight(self, loaded_weight: Tensor) -> None:
-        self._expect(loaded_weight, *self.data.shape)
-        self.data.copy_(loaded_weight)
+        self.load_replicated_weight(loaded_weight)
 
 
 class NumberParameter(PerTensorScaleParameter):
@@ -123,19 +128,25 @@ def register_parameters(
         layer.register_parameter("shape", shape)
     if get_current_vllm_config().load_config.load_format == "dummy":
         _fill(tensors, pattern, in_features)
+    # A replicated layer's own loader copies into a parameter, which does not see it.
+    load_rows = _load_replicated if isinstance(layer, ReplicatedLinear) else weight_loader
     for name, data in tensors.items():
-        parameter = PackedParameter(data=data, weight_loader=weight_loader, tensor_name=f"{prefix}.{name}")
+        parameter = PackedParameter(data=data, weight_loader=load_rows, tensor_name=f"{prefix}.{name}")
         layer.register_parameter(name, parameter)
     if scheme.scale == "channel":
         scale = torch.zeros((rows, 1), dtype=torch.float32)
         name = f"{prefix}.weight_scale"
-        parameter = ScaleParameter(data=scale, weight_loader=weight_loader, tensor_name=name)
+        parameter = ScaleParameter(data=scale, weight_loader=load_rows, tensor_name=name)
         layer.register_parameter("weight_scale", parameter)
     numbers = {"weight_scale": scheme.scale == "tensor", "input_scale": scheme.input_scale}
     for name, there in (numbers | {"input_zero_point": scheme.input_zero_point}).items():
         if there:
             data = torch.full((len(partitions),), torch.nan)
             layer.register_parameter(name, NumberParameter(data=data, weight_loader=weight_loader))
+
+
+def _load_replicated(parameter: PackedParameter, loaded_weight: Tensor) -> None:
+    parameter.load_replicated_weight(loaded_weight)
 
 
 def _fill(tensors: dict[str, Tensor], pattern: NMPattern, in_features: int) -> None:

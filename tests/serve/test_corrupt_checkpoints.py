@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import struct
+from functools import partial
 
 import pytest
 import torch
@@ -17,6 +18,9 @@ from safetensors.torch import load, save
 from maskpro_kernels import NMPattern, NMWeight, pack, to_int8
 from maskpro_serve import CheckpointError, load_packed
 from maskpro_serve.checkpoint import check_checkpoint
+from maskpro_serve.inspection import inspect
+from maskpro_serve.legacy import LegacyFormat
+from maskpro_serve.served import check_served
 
 INDEX, CONFIG = "model.safetensors.index.json", "config.json"
 HOSTILE_LENGTHS = [0, 1, 7, 8, 2**20, 100_000_001, 2**31, 2**32 - 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1]
@@ -47,7 +51,15 @@ def build(values: str | None, shards: int) -> dict[str, bytes]:
     return folder
 
 
+def legacy(shards: int) -> dict[str, bytes]:
+    """The same as compressed-tensors wrote it."""
+    sparsity = {"format": "sparse-24-bitmask", "sparsity_structure": "2:4"}
+    config = {"quant_method": "compressed-tensors", "sparsity_config": sparsity}
+    return build(None, shards) | {CONFIG: json.dumps({"model_type": "llama", "quantization_config": config}).encode()}
+
+
 WHOLE = [build(None, 1), build("int8", 1), build(None, 3), build("int8", 2)]
+LEGACY = [legacy(1), legacy(3)]
 
 
 def pick(draw, items):
@@ -213,8 +225,8 @@ DAMAGES = [
 
 
 @st.composite
-def corrupt(draw) -> dict[str, bytes]:
-    folder = dict(draw(st.sampled_from(WHOLE)))
+def corrupt(draw, whole) -> dict[str, bytes]:
+    folder = dict(draw(st.sampled_from(whole)))
     for damage in draw(st.lists(st.sampled_from(DAMAGES), min_size=1, max_size=2)):
         if weights(folder) and {CONFIG, INDEX} & folder.keys():
             damage(draw, folder)
@@ -288,7 +300,7 @@ def put(place, folder: dict[str, bytes]) -> None:
 
 
 @settings(max_examples=2000, deadline=5000, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
-@given(folder=corrupt())
+@given(folder=corrupt(WHOLE))
 def test_an_error_or_exactly_the_bytes(place, folder):
     put(place, folder)
     try:
@@ -302,6 +314,36 @@ def test_an_error_or_exactly_the_bytes(place, folder):
         event("loaded")
         says(folder, found)
         check_checkpoint(place, contents=True)
+
+
+@settings(max_examples=500, deadline=5000, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(folder=corrupt(LEGACY))
+def test_legacy_ones_are_an_error_or_whole(place, folder):
+    put(place, folder)
+    found = None
+    for read in (inspect, partial(check_served, contents=True)):
+        try:
+            found = read(place)
+        except CheckpointError as error:
+            event(f"{read} refused")
+            message = str(error)
+            assert message.startswith(str(place)), message
+            assert "\n" not in message
+            found = None
+    if isinstance(found, LegacyFormat):
+        event("whole")
+        tensors = stored(folder)
+        for name, (_, shape, content) in tensors.items():
+            if name.endswith(".bitmask"):
+                assert tensors[name.replace("bitmask", "compressed")][1] == [shape[0], 4 * shape[1]]
+                assert all((byte & 15).bit_count() == (byte >> 4).bit_count() == 2 for byte in content)
+
+
+@pytest.mark.parametrize("folder", LEGACY)
+def test_the_whole_legacy_ones_are(place, folder):
+    put(place, folder)
+    assert isinstance(check_served(place, contents=True), LegacyFormat)
+    assert len(inspect(place).layers) == 2
 
 
 @pytest.mark.parametrize("folder", WHOLE)

@@ -21,13 +21,13 @@ def loaded(monkeypatch):
     """A head after loading, for dtypes of activations and checkpoint."""
 
     def load(activation, stored, weight=None):
-        model = SimpleNamespace(dtype=activation, hf_config=SimpleNamespace(dtype=stored))
+        model = SimpleNamespace(dtype=activation)
         monkeypatch.setattr(head, "get_current_vllm_config", lambda: SimpleNamespace(model_config=model))
         if weight is None:
             weight = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(0)).to(stored).to(activation)
         layer = torch.nn.Module()
         layer.weight = Parameter(weight, requires_grad=False)
-        method = head.HeadMethod()
+        method = head.HeadMethod(stored)
         method.process_weights_after_loading(layer)
         return method, layer
 

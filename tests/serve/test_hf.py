@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 import maskpro_serve.hf  # noqa: F401  (registers the quantizer)
 from maskpro_kernels import NMPattern, NMWeight, unpack
 from maskpro_serve import CheckpointError, convert, load_packed
+from maskpro_serve.checkpoint import PackedFormat
 from maskpro_serve.nm_module import NMLinear
 
 LAYER = "model.layers.1.mlp.up_proj"
@@ -92,6 +94,19 @@ def test_save_pretrained_gives_the_folder_back(tiny, tmp_path, kind):
     assert torch.equal(logits(load(tmp_path / "again")), logits(model))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_saved_from_another_dtype_it_still_serves_in_its_own(tiny, tmp_path, dtype):
+    """config.json then has the dtype it was loaded in; the kept values have not."""
+    from maskpro_serve.quantization.config import MaskProConfig
+
+    load(tiny["packed"], dtype).save_pretrained(tmp_path / "again")
+    said = json.loads((tmp_path / "again" / "config.json").read_text())["dtype"]
+    assert said == str(dtype).removeprefix("torch.")
+    config = MaskProConfig(PackedFormat(NMPattern(2, 4)))
+    config.maybe_update_config(str(tmp_path / "again"), hf_config=SimpleNamespace(dtype=dtype))
+    assert config.stored == torch.bfloat16
+
+
 def test_a_pickled_model_is_settled_where_it_is_read(tiny):
     model = load(tiny["packed"])
     text = pickle.dumps(model)
@@ -117,6 +132,10 @@ def test_another_pattern_with_a_layer_left_dense(tiny, tmp_path):
 def test_casts_and_state_dicts(tiny):
     model = load(tiny["int8"], torch.float32)
     cast = load(tiny["int8"], torch.float32).to(torch.bfloat16).to(torch.float32)
+    kept = load(tiny["packed"]).to(torch.float32)
+    values = {module.packed().values.dtype for module in kept.modules() if isinstance(module, NMLinear)}
+    assert values == {torch.bfloat16}
+    assert torch.equal(logits(kept), logits(load(tiny["packed"], torch.float32)))
     scales = [module.weight_scale for module in cast.modules() if isinstance(module, NMLinear)]
     assert {scale.dtype for scale in scales} == {torch.float32}
     for module, its in zip(model.modules(), cast.modules(), strict=True):

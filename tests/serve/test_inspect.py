@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from maskpro_kernels import NMWeight
 from maskpro_serve import load_packed
 from maskpro_serve.pack_cli import main
+
+UP_PROJ = "model.layers.0.mlp.up_proj"
+LEGACY = Path(__file__).parent.parent / "fixtures" / "legacy"
 
 
 def inspect(capsys, folder) -> dict:
@@ -66,6 +72,73 @@ def test_legacy_sparse_24_bitmask(tiny, tmp_path, capsys):
     assert found["layers"] == packed["layers"]
 
 
+def test_legacy_dense_w8a8(capsys):
+    """The linears are those with a scale; one of the fixture's was left without zeros."""
+    found = inspect(capsys, LEGACY / "dense-int8-channel-dynamic")
+    assert found["kind"] == "dense"
+    sampled = {layer["name"]: layer["sampled"] for layer in found["layers"]}
+    assert len(sampled) == 14
+    assert [name for name, pattern in sampled.items() if pattern != "2:4"] == ["model.layers.1.self_attn.o_proj"]
+    assert {layer["dtype"] for layer in found["layers"]} == {"int8"}
+
+
+def test_a_damaged_legacy_checkpoint_is_one_sentence(tmp_path, capsys):
+    folder = shutil.copytree(LEGACY / "bitmask-bf16", tmp_path / "model")
+    (file,) = [path for path in folder.glob("*.safetensors") if f"{UP_PROJ}.bitmask" in load_file(path)]
+    tensors = load_file(file)
+    del tensors[f"{UP_PROJ}.bitmask"]
+    save_file(tensors, file, {"format": "pt"})
+    assert main(["inspect", str(folder)]) == 2
+    assert f"tensor {UP_PROJ}.bitmask is missing" in capsys.readouterr().err
+
+
+def renamed(folder, tmp_path, name: str):
+    """A copy of a packed folder in which one layer has another name."""
+    copy = shutil.copytree(folder, tmp_path / "renamed")
+    tensors = load_file(copy / "model.safetensors")
+    tensors = {key.replace(UP_PROJ, name): tensor for key, tensor in tensors.items()}
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    (copy / "model.safetensors.index.json").unlink()
+    return copy
+
+
+def test_names_are_shown_as_they_are(tiny, tmp_path, capsys):
+    """Square brackets are no markup."""
+    folder = renamed(tiny["packed"], tmp_path, "model.[/bold]up_proj")
+    assert main(["inspect", str(folder)]) == 0
+    assert "model.[/bold]up_proj" in capsys.readouterr().out
+
+
+def test_names_that_would_change_the_terminal_are_refused(tiny, tmp_path, capsys):
+    folder = renamed(tiny["packed"], tmp_path, "model.\x1b[2Jup_proj")
+    assert main(["inspect", str(folder)]) == 2
+    error = capsys.readouterr().err
+    assert "cannot be printed: 'model.\\x1b[2Jup_proj" in error
+    assert "\x1b" not in error
+
+
+def test_a_folders_own_code_is_never_run(tiny, tmp_path, capsys, monkeypatch):
+    """Not even where someone answers yes to what transformers asks."""
+    folder = shutil.copytree(tiny["dense"], tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    ours = {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.EvilModel"}
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "evil", "auto_map": ours}))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
+    assert main(["inspect", str(folder)]) == 2
+    assert "transformers cannot build this model" in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_pipe_is_no_file(tiny, tmp_path, capsys, name):
+    folder = shutil.copytree(tiny["dense"], tmp_path / "model")
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    assert main(["inspect", str(folder)]) == 2
+    assert name in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -74,6 +147,7 @@ def test_legacy_sparse_24_bitmask(tiny, tmp_path, capsys):
             "(a dense model), found 'gptq'",
         ),
         ({"model_type": "nothing"}, "transformers cannot build this model"),
+        ({"num_hidden_layers": 200_000}, "num_hidden_layers: 200000 layers cannot be in the 29 tensors there are"),
     ],
 )
 def test_others_are_one_sentence(tiny, tmp_path, capsys, config, message):

@@ -147,6 +147,8 @@ def test_what_cannot_be_served_is_one_sentence(name, path, value, message):
         (quantization(DENSE), True),
         (changed(quantization(DENSE), "quant_method", "compressed_tensors"), True),
         (changed(quantization(DENSE), "quant_method", "gptq"), False),
+        ({key: value for key, value in quantization(DENSE).items() if key != "quant_method"}, True),
+        (changed(quantization(DENSE), "sparsity_config/targets", []), False),
         (changed(quantization(DENSE), "sparsity_config", None), False),
         (changed(quantization(DENSE), "sparsity_config/sparsity_structure", "unstructured"), False),
         (changed(quantization("dense-int8-channel-dynamic"), f"{WEIGHTS}/num_bits", 4), False),
