@@ -38,6 +38,7 @@ SIZES = {
 }  # fmt: skip
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 SHARED_EXPERT = {"shared_expert_intermediate_size": 64}
+WHOLE_PHI = {"intermediate_size": 4 * 64, "num_key_value_heads": 2}  # vLLM 0.27's own knows no other
 NARROW_EMBEDDINGS = {"ffn_dim": 96, "word_embed_proj_dim": 32, "do_layer_norm_before": False}
 
 WITHOUT_FLOAT32_EXPERTS = (
@@ -52,7 +53,7 @@ FAMILIES = {
     "gemma": (GemmaConfig, {}),
     "gemma2": (Gemma2Config, {"query_pre_attn_scalar": 32}),
     "phi3": (Phi3Config, {}),  # qkv_proj and gate_up_proj are fused in the checkpoint
-    "phi": (PhiConfig, {}),  # vLLM runs transformers' own model, and tells it another dtype
+    "phi": (PhiConfig, WHOLE_PHI),  # newer vLLMs run transformers' own, and tell it another dtype
     "opt": (OPTConfig, NARROW_EMBEDDINGS),  # project_in and project_out are vLLM's replicated layers
     "qwen2-moe": (Qwen2MoeConfig, EXPERTS | SHARED_EXPERT),  # the shared expert is packed, its gate is not
     "qwen3-moe": (Qwen3MoeConfig, EXPERTS),  # experts stay dense
@@ -65,7 +66,7 @@ def build(root: Path, name: str) -> tuple[Path, Path, int]:
     """A random model pruned 2:4 and the same packed; and how many linears were."""
     kind, more = FAMILIES[name]
     torch.manual_seed(len(name))
-    model = AutoModelForCausalLM.from_config(kind(**SIZES, **more)).bfloat16()
+    model = AutoModelForCausalLM.from_config(kind(**SIZES | more)).bfloat16()
     if name.startswith("gemma"):  # tied and scaled up, random embeddings would answer every token with itself
         model.get_input_embeddings().weight.data *= 0.05
     for path, module in model.named_modules():
