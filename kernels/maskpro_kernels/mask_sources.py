@@ -117,7 +117,11 @@ class _MaskFileSource(MaskSource):
 
 
 class _ArchiveSource(MaskSource):
-    """MaskLLM's ``mask_compressed.npz``. It holds no shapes: those are the model's."""
+    """MaskLLM's ``mask_compressed.npz``. It holds no shapes: those are the model's.
+
+    It is made of what is not zero in a masked model, so a weight that is kept and zero counts as dropped there: among
+    the billions of a float16 model there are some. Where a group keeps too few, its zero weights are kept, too.
+    """
 
     def __init__(self, path: Path, pattern: NMPattern) -> None:
         self.path, self.pattern = path, pattern
@@ -133,7 +137,7 @@ class _ArchiveSource(MaskSource):
         self._shapes[name] = shape
 
     def read(self, name: str, weight: Tensor, first: int = 0) -> Tensor:
-        mask = self._archive.read(name, self._shapes[name], first, len(weight))
+        mask = _keep_zeros(self._archive.read(name, self._shapes[name], first, len(weight)), weight, self.pattern)
         _check_strict(mask, self.pattern, first, f"{self.path}: {name}")
         return mask
 
@@ -244,6 +248,17 @@ def fill_up(kept: Tensor, counts: Tensor, weight: Tensor, pattern: NMPattern) ->
     filled = groups.clone()
     filled[short] = top_n_mask(size.masked_fill_(groups[short], torch.inf), pattern)
     return filled.reshape(kept.shape)
+
+
+def _keep_zeros(kept: Tensor, weight: Tensor, pattern: NMPattern) -> Tensor:
+    """Adds weights that are zero, lower columns first, to the groups that keep fewer than n."""
+    missing = pattern.n - group_counts(kept, pattern.m)
+    if not bool((missing > 0).any()):
+        return kept
+    groups = (len(kept), -1, pattern.m)
+    zeros = (weight.to(kept.device) == 0).reshape(groups) & ~kept.reshape(groups)
+    added = zeros & (zeros.cumsum(dim=-1) <= missing.unsqueeze(-1))
+    return kept | added.reshape(kept.shape)
 
 
 def _check_strict(mask: Tensor, pattern: NMPattern, first: int, where: str) -> None:

@@ -189,6 +189,30 @@ def test_a_loose_mask_is_named(tiny, sources, tmp_path, source):
     assert not (tmp_path / ".out.partial").exists()
 
 
+def test_a_kept_zero_of_a_maskllm_archive_is_kept(tiny, sources, tmp_path):
+    """Such an archive does not tell it from a dropped weight; the mask that does gives the same file."""
+    model = shutil.copytree(tiny["dense"], tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    mask = read_masks(tiny["mask"]).masks[LAYER]
+    row, columns = 7, mask[7, :4].nonzero().flatten()
+    tensors[LAYER][row, columns] = 0  # both that are kept
+    tensors[LAYER][row + 1, mask[row + 1].nonzero()[0]] = 0
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    loose = np.packbits((mask & (tensors[LAYER] != 0)).numpy())
+    np.savez(tmp_path / "mask.npz", **dict(np.load(sources["npz"])) | {f"{LAYER}.mask": loose})
+    convert(model, tmp_path / "out", mask=tmp_path / "mask.npz", pattern=NMPattern(2, 4))
+    convert(model, tmp_path / "expected", mask=tiny["mask"])
+    assert files(tmp_path / "out")["model.safetensors"] == files(tmp_path / "expected")["model.safetensors"]
+
+
+def test_a_maskllm_archive_that_keeps_too_little_is_refused(tiny, sources, tmp_path):
+    mask = read_masks(tiny["mask"]).masks[LAYER].clone()
+    mask[150, 8:12] = False  # none of these weights is zero
+    np.savez(tmp_path / "mask.npz", **dict(np.load(sources["npz"])) | {f"{LAYER}.mask": np.packbits(mask.numpy())})
+    with pytest.raises(MaskFileError, match=r"up_proj\.weight: .* row 150, group 2 .* keeps 0 of 4, expected 2; 1 of"):
+        convert(tiny["dense"], tmp_path / "out", mask=tmp_path / "mask.npz", pattern=NMPattern(2, 4))
+
+
 KILLED = """
 import os, signal, sys
 import maskpro_serve.shard_writer as module

@@ -28,8 +28,9 @@ def one_thread(monkeypatch):
 
 
 def test_two_processes_equal_one(tiny, greedy, one_thread, tmp_path):
-    documents, _ = serve_greedily([tiny["int8"], ONE_SCALE], tmp_path, tensor_parallel_size=2)
-    assert [document["tokens"] for document in documents] == [greedy["int8"], greedy["one scale"]]
+    folders = [tiny["int8"], tiny["packed"], ONE_SCALE]
+    documents, _ = serve_greedily(folders, tmp_path, tensor_parallel_size=2)
+    assert [document["tokens"] for document in documents] == [greedy[k] for k in ("int8", "packed", "one scale")]
 
 
 def test_a_pipeline_of_two_equals_one(tiny, greedy, one_thread, tmp_path, monkeypatch):
