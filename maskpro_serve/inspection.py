@@ -93,12 +93,13 @@ def inspect(folder: Path) -> Inspection:
         return _inspection(folder, "packed", packed.pattern, layers, headers, packed.provenance or {})
     if (legacy := legacy_format(folder)) is not None:
         check_served(folder, contents=False)
-        layers = tuple(_packed_layer(headers, name, legacy.pattern) for name in packed_names(headers))
         if legacy.compressed:
+            layers = tuple(_packed_layer(headers, name, legacy.pattern) for name in packed_names(headers))
             return _inspection(folder, "sparse-24-bitmask", legacy.pattern, layers, headers, {})
         if legacy.groups:
-            quantized = [info for name, info in headers.items() if _is_quantized(name, headers)]
-            return _inspection(folder, "dense", None, tuple(map(_dense_layer, quantized)), headers, {})
+            scaled = (name.removesuffix(SCALE_SUFFIX) for name in headers if name.endswith(SCALE_SUFFIX))
+            layers = tuple(_dense_layer(headers[f"{name}.weight"]) for name in scaled)
+            return _inspection(folder, "dense", None, layers, headers, {})
     model = open_dense_model(folder)
     layers = tuple(_dense_layer(model.headers[name]) for name in model.linears)
     return _inspection(folder, "dense", None, layers, headers, {})
@@ -110,11 +111,6 @@ def _inspection(
 ) -> Inspection:  # fmt: skip
     other = sum(info.nbytes for info in headers.values()) - sum(layer.nbytes for layer in layers)
     return Inspection(str(folder), kind, None if pattern is None else str(pattern), layers, other, provenance)
-
-
-def _is_quantized(name: str, headers: Mapping[str, TensorInfo]) -> bool:
-    prefix = name.removesuffix(".weight")
-    return prefix != name and prefix + SCALE_SUFFIX in headers
 
 
 def _packed_layer(headers: Mapping[str, TensorInfo], name: str, pattern: NMPattern) -> Layer:

@@ -320,7 +320,6 @@ def test_an_error_or_exactly_the_bytes(place, folder):
 @given(folder=corrupt(LEGACY))
 def test_legacy_ones_are_an_error_or_whole(place, folder):
     put(place, folder)
-    found = None
     for read in (inspect, partial(check_served, contents=True)):
         try:
             found = read(place)
