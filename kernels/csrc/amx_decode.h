@@ -188,6 +188,91 @@ class DecodeAny {
   const int64_t step_groups_, groups_;
 };
 
+// For every four bits of two indices of a group that keeps three of four, shuffles of bytes as in ShufflesOfFour: those
+// of its first and second value, for columns 0 and 1, and those of its second and third, for columns 2 and 3; for
+// lanes that hold the two in order, and exchanged.
+struct ShufflesOfThree {
+  alignas(64) uint32_t first[2][16], second[2][16];
+
+  constexpr ShufflesOfThree() : first(), second() {
+    for (uint32_t exchanged = 0; exchanged < 2; ++exchanged) {
+      const uint32_t none = 0x8080, early = exchanged ? 0x0302 : 0x0100, late = exchanged ? 0x0100 : 0x0302;
+      for (uint32_t code = 0; code < 16; ++code) first[exchanged][code] = second[exchanged][code] = none | none << 16;
+      first[exchanged][0 | 1 << 2] = early | late << 16;
+      first[exchanged][0 | 2 << 2] = early | none << 16;
+      first[exchanged][1 | 2 << 2] = none | early << 16;
+      second[exchanged][2 | 3 << 2] = early | late << 16;
+      second[exchanged][1 | 3 << 2] = none | late << 16;
+      second[exchanged][1 | 2 << 2] = late | none << 16;
+    }
+  }
+};
+
+// Three of every four. Two groups have three lanes of pairs: one each for its own and one that they share.
+template <class Weight>
+class DecodeThreeOfFour {
+ public:
+  static constexpr int64_t kFewTokens = 4;
+
+  explicit DecodeThreeOfFour(const NMLinear& call) : any_(call), groups_(call.in_features / 4) {}
+
+  [[gnu::always_inline]] void operator()(const uint8_t* block, int64_t step, uint8_t* tile) const {
+    if (groups_ - step * 8 < 8) return any_(block, step, tile);  // there may be no chunk to read its end from
+    // A step has 24 slots, a chunk 16: an even step ends in the middle of its second chunk, where the next one begins.
+    const uint8_t* chunk = block + step * 3 / 2 * kChunkBytes;
+    const __m512i begin = _mm512_loadu_si512(chunk), end = _mm512_loadu_si512(chunk + kChunkBytes);
+    const __m512i middle = _mm512_or_si512(_mm512_srli_epi32(begin, 16), _mm512_slli_epi32(end, 16));
+    const Weight* values = reinterpret_cast<const Weight*>(chunk + chunk_index_bytes(kBits));
+    const Weight* more = reinterpret_cast<const Weight*>(chunk + kChunkBytes + chunk_index_bytes(kBits));
+    if (step % 2 == 0) {
+      spread(values, values + kEightSlots, more, begin, middle, tile);
+    } else {
+      spread(values + kEightSlots, more, more + kEightSlots, middle, end, tile);
+    }
+    __builtin_prefetch(chunk + kFarBytes);
+    __builtin_prefetch(chunk + kChunkBytes + kFarBytes);
+  }
+
+ private:
+  static constexpr int kBits = index_bits(3, 4);
+  static constexpr int64_t kChunkBytes = chunk_bytes(kBits, sizeof(Weight));
+  static constexpr int64_t kEightSlots = 8 * kBlockRows;
+  static constexpr ShufflesOfThree kShuffles{};
+
+  // A step from its slots 0 to 7, 8 to 15 and 16 to 23, and the indices of the sixteen slots from 0 and from 8 on.
+  static void spread(const Weight* slots0, const Weight* slots8, const Weight* slots16, __m512i indices0,
+                     __m512i indices8, uint8_t* tile) {
+    const Weight* eights[3] = {slots0, slots8, slots16};
+    const auto pair = [&](int i) {
+      prefetch(eights[i / 4], i % 4 * 2, kFarBytes);
+      return (__m512i)Avx512BF16::load_pairs(eights[i / 4] + i % 4 * 2 * kBlockRows);
+    };
+#pragma GCC unroll 4
+    for (int twice = 0; twice < 4; ++twice) {
+      const __m512i own = pair(3 * twice), shared = pair(3 * twice + 1), next_own = pair(3 * twice + 2);
+      const __m512i indices =
+          twice < 2 ? _mm512_srli_epi32(indices0, twice * 12) : _mm512_srli_epi32(indices8, twice * 12 - 16);
+      // In both, the later of two values comes first.
+      const __m512i ends = _mm512_mask_blend_epi16(0xaaaaaaaa, shared, own);
+      const __m512i begins = _mm512_mask_blend_epi16(0xaaaaaaaa, next_own, shared);
+      store(own, kShuffles.first[0], indices, tile);
+      store(ends, kShuffles.second[1], _mm512_srli_epi32(indices, 2), tile + kTileRowBytes);
+      store(begins, kShuffles.first[1], _mm512_srli_epi32(indices, 6), tile + 2 * kTileRowBytes);
+      store(next_own, kShuffles.second[0], _mm512_srli_epi32(indices, 8), tile + 3 * kTileRowBytes);
+      tile += 4 * kTileRowBytes;
+    }
+  }
+
+  // A permute looks at the lower four bits of what tells two indices.
+  [[gnu::always_inline]] static void store(__m512i pairs, const uint32_t (&shuffles)[16], __m512i code, uint8_t* to) {
+    const __m512i shuffle = _mm512_permutexvar_epi32(code, _mm512_load_si512(shuffles));
+    _mm512_store_si512(to, _mm512_shuffle_epi8(pairs, _mm512_or_si512(shuffle, lanes())));
+  }
+
+  const DecodeAny<Weight, kBits> any_;
+  const int64_t groups_;
+};
+
 // Every column kept: the values of a step are a tile as they lie.
 template <class Weight>
 class DecodeDense {

@@ -15,6 +15,7 @@ int32_t run_pattern(const NMLinear& call) {
   const auto is = [&](int32_t n, int32_t m) { return call.n == n && call.m == m; };
   if (is(1, 4)) return run_tiles<DecodeOfFour<Weight, 1>>(call);
   if (is(2, 4)) return run_tiles<DecodeOfFour<Weight, 2>>(call);
+  if (is(3, 4)) return run_tiles<DecodeThreeOfFour<Weight>>(call);
   if (is(2, 8)) return run_tiles<DecodeEven<Weight, 2, 8>>(call);
   if (is(4, 8)) return run_tiles<DecodeEven<Weight, 4, 8>>(call);
   if (is(6, 8)) return run_tiles<DecodeEven<Weight, 6, 8>>(call);
