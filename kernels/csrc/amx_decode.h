@@ -1,7 +1,8 @@
 // Expands a packed weight to tiles of bfloat16, [16 pairs of columns][16 rows][2]: AMX has no product that skips zeros.
 //
-// A decoder writes the tile of one step, the 32 columns from 32 * step on, of a block of rows. Columns past the weight's
-// last are zeros. Up to its kFewTokens, measured, vectors are faster than tiles.
+// A decoder writes the tile of one step, the 32 columns from 32 * step on, of a block of rows. Columns past the
+// weight's last are zeros. Up to its kFewTokens, measured, vectors are faster than tiles; for more of them where values
+// are int8, which take longer to expand than to read.
 #ifndef MASKPRO_AMX_DECODE_H_
 #define MASKPRO_AMX_DECODE_H_
 
@@ -41,7 +42,7 @@ struct ShufflesOfFour {
 template <class Weight, int kN>
 class DecodeOfFour {
  public:
-  static constexpr int64_t kFewTokens = kN == 2 ? 2 : 6;
+  static constexpr int64_t kFewTokens = (kN == 2 ? 1 : 6) + (sizeof(Weight) == 1 ? 2 : 0);
 
   explicit DecodeOfFour(const NMLinear&) {}
 
@@ -52,12 +53,12 @@ class DecodeOfFour {
     const Weight* values = reinterpret_cast<const Weight*>(chunk + chunk_index_bytes(2)) + slot * kBlockRows;
     const __m512i indices = _mm512_srlv_epi32(_mm512_loadu_si512(chunk), _mm512_set1_epi32(static_cast<int>(2 * slot)));
     const __m512i low = _mm512_load_si512(kShuffles.pairs[0]), high = _mm512_load_si512(kShuffles.pairs[1]);
-    __builtin_prefetch(chunk + kFarBytes);
+    __builtin_prefetch(chunk + kNearBytes);
 #pragma GCC unroll 8
     for (int group = 0; group < 8; ++group) {
       const int pair = group * kN / 2 * 2;  // the slots that a lane has together
       const __m512i kept = (__m512i)Avx512BF16::load_pairs(values + pair * kBlockRows);
-      if (group * kN % 2 == 0) prefetch(values, pair, kFarBytes);
+      if (group * kN % 2 == 0) prefetch(values, pair, kNearBytes);
       const __m512i lane = lanes() | _mm512_set1_epi8(group * kN % 2 == 0 ? 0 : 2);
       // A permute looks at the lower four bits.
       const __m512i code = _mm512_srli_epi32(indices, static_cast<unsigned>(2 * kN * group));
@@ -77,7 +78,7 @@ class DecodeOfFour {
 template <class Weight, int kN, int kM>
 class DecodeEven {
  public:
-  static constexpr int64_t kFewTokens = kM == 8 && kN > 2 ? 4 : 6;
+  static constexpr int64_t kFewTokens = (kM == 8 && kN > 2 ? 3 : 6) + (sizeof(Weight) == 1 ? 2 : 0);
 
   explicit DecodeEven(const NMLinear& call) : groups_(call.in_features / kM) {}
 
@@ -113,8 +114,8 @@ class DecodeEven {
   [[gnu::always_inline]] static void add_pair(const uint8_t* chunk, int pair, int k, __m512i (&columns)[kM / 2]) {
     const Weight* values = reinterpret_cast<const Weight*>(chunk + chunk_index_bytes(kBits));
     const __m512i kept = (__m512i)Avx512BF16::load_pairs(values + 2 * pair * kBlockRows);
-    prefetch(values, 2 * pair, kFarBytes);
-    if (pair == 0) __builtin_prefetch(chunk + kFarBytes);
+    prefetch(values, 2 * pair, kNearBytes);
+    if (pair == 0) __builtin_prefetch(chunk + kNearBytes);
     const __m512i all = _mm512_loadu_si512(chunk);
     const __m512i first = _mm512_srlv_epi32(all, _mm512_set1_epi32(2 * pair * kBits));
     const __m512i second = _mm512_rorv_epi32(all, _mm512_set1_epi32((2 * pair + 1) * kBits - 16));
@@ -139,7 +140,7 @@ class DecodeEven {
 template <class Weight, int kBits>
 class DecodeAny {
  public:
-  static constexpr int64_t kFewTokens = 12;
+  static constexpr int64_t kFewTokens = 16;
 
   explicit DecodeAny(const NMLinear& call)
       : n_(call.n), m_(call.m), step_groups_(kTileSteps / call.m), groups_(call.in_features / call.m) {}
@@ -155,7 +156,7 @@ class DecodeAny {
       for (int32_t k = 0; k < n_; ++k) {
         spread(chunk, j, k, tile + group * (m_ / 2) * kTileRowBytes);
         if (++j < kSlots) continue;
-        for (int64_t byte = 0; byte < kChunkBytes; byte += 64) __builtin_prefetch(chunk + kFarBytes + byte);
+        for (int64_t byte = 0; byte < kChunkBytes; byte += 64) __builtin_prefetch(chunk + kNearBytes + byte);
         chunk += kChunkBytes;
         j = 0;
       }
@@ -212,7 +213,7 @@ struct ShufflesOfThree {
 template <class Weight>
 class DecodeThreeOfFour {
  public:
-  static constexpr int64_t kFewTokens = 4;
+  static constexpr int64_t kFewTokens = sizeof(Weight) == 1 ? 4 : 1;
 
   explicit DecodeThreeOfFour(const NMLinear& call) : any_(call), groups_(call.in_features / 4) {}
 
@@ -229,8 +230,8 @@ class DecodeThreeOfFour {
     } else {
       spread(values + kEightSlots, more, more + kEightSlots, middle, end, tile);
     }
-    __builtin_prefetch(chunk + kFarBytes);
-    __builtin_prefetch(chunk + kChunkBytes + kFarBytes);
+    __builtin_prefetch(chunk + kNearBytes);
+    __builtin_prefetch(chunk + kChunkBytes + kNearBytes);
   }
 
  private:
@@ -244,7 +245,7 @@ class DecodeThreeOfFour {
                      __m512i indices8, uint8_t* tile) {
     const Weight* eights[3] = {slots0, slots8, slots16};
     const auto pair = [&](int i) {
-      prefetch(eights[i / 4], i % 4 * 2, kFarBytes);
+      prefetch(eights[i / 4], i % 4 * 2, kNearBytes);
       return (__m512i)Avx512BF16::load_pairs(eights[i / 4] + i % 4 * 2 * kBlockRows);
     };
 #pragma GCC unroll 4
@@ -288,7 +289,7 @@ class DecodeDense {
       __m512i pairs = _mm512_setzero_si512();
       if (row < rest) {
         pairs = (__m512i)Avx512BF16::load_pairs(values + 2 * row * kBlockRows);
-        prefetch(values, 2 * row, kFarBytes);
+        prefetch(values, 2 * row, kNearBytes);
       }
       _mm512_store_si512(tile + row * kTileRowBytes, pairs);
     }

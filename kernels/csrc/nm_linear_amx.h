@@ -8,7 +8,7 @@
 //         for every pair of blocks, for every pair of tiles of tokens: multiply_tiles
 //       scale, add the bias, round, store
 //
-// The first pair of tiles of tokens decodes the weights that it multiplies (amx_decode.h), two steps ahead: the units that
+// The first pair of tiles of tokens decodes the weights that it multiplies (amx_decode.h), a step ahead: the units that
 // shuffle and those that multiply tiles work at once.
 #ifndef MASKPRO_NM_LINEAR_AMX_H_
 #define MASKPRO_NM_LINEAR_AMX_H_
@@ -34,23 +34,23 @@ constexpr int64_t kAmxPassTokens = 256;
 constexpr int64_t kPieceSteps = 24;
 
 // Pairs of blocks for which a piece's activations are read from L3 once.
-constexpr int64_t kGroupPairs = 4;
+constexpr int64_t kGroupPairs = 8;
 
-// Steps between decoding a tile and loading it: what was stored just now cannot be read yet.
-constexpr int64_t kDecodeAhead = 2;
+// Where no other tokens need them, decoded tiles make room for those of the next step: the L1 is for what memory sends.
+constexpr int64_t kRingSteps = 2;
 
 constexpr int64_t kSumsFloats = 16 * kBlockRows;  // of a tile of tokens and a block
 
 // sums[b][t] += x[t] W[b]^T over some steps of kBlocks blocks and kTiles tiles of tokens.
 //
 //   block    the first block of the weight; the next one is block_bytes on
-//   decoded  tiles [kPieceSteps][2], of step s at s % kPieceSteps; written if kDecode
+//   decoded  tiles [kPieceSteps or kRingSteps][2], of step s at s & slots; written if kDecode
 //   x        tiles [steps][2], each of tile_bytes
 //   sums     [kBlocks][kTiles] tiles, blocks sums_stride floats apart; not read if `fresh`
 template <class Decoder, int kBlocks, int kTiles, bool kDecode>
 [[gnu::noinline]] void multiply_tiles(const Decoder& decode, const uint8_t* block, int64_t block_bytes, int64_t first,
-                                      int64_t steps, uint8_t* decoded, const uint8_t* x, int64_t tile_bytes,
-                                      float* sums, int64_t sums_stride, bool fresh) {
+                                      int64_t steps, uint8_t* decoded, int64_t slots, const uint8_t* x,
+                                      int64_t tile_bytes, float* sums, int64_t sums_stride, bool fresh) {
   if (fresh) {
     _tile_zero(0);
     _tile_zero(1);
@@ -63,18 +63,18 @@ template <class Decoder, int kBlocks, int kTiles, bool kDecode>
     if constexpr (kBlocks > 1) _tile_loadd(2, sums + sums_stride, kTileRowBytes);
     if constexpr (kBlocks > 1 && kTiles > 1) _tile_loadd(3, sums + sums_stride + kSumsFloats, kTileRowBytes);
   }
-  const int64_t ahead = kDecode ? kDecodeAhead : 0;
+  const int64_t ahead = kDecode ? 1 : 0;  // what was stored just now cannot be read yet
   for (int64_t s = 0; s < steps + ahead; ++s) {
     if constexpr (kDecode) {
       if (s < steps) {
-        uint8_t* to = decoded + s % kPieceSteps * 2 * kWeightTileBytes;
+        uint8_t* to = decoded + (s & slots) * 2 * kWeightTileBytes;
         decode(block, first + s, to);
         if constexpr (kBlocks > 1) decode(block + block_bytes, first + s, to + kWeightTileBytes);
       }
       if (s < ahead) continue;
       before_tile_loads();
     }
-    const uint8_t* w = decoded + (s - ahead) % kPieceSteps * 2 * kWeightTileBytes;
+    const uint8_t* w = decoded + ((s - ahead) & slots) * 2 * kWeightTileBytes;
     const uint8_t* tokens = x + (s - ahead) * 2 * tile_bytes;
     _tile_loadd(4, tokens, kTileRowBytes);
     if constexpr (kTiles > 1) _tile_loadd(5, tokens + tile_bytes, kTileRowBytes);
@@ -102,7 +102,8 @@ class AmxTokens {
         most_(call.tokens < kAmxPassTokens ? call.tokens : kAmxPassTokens),
         rows_(call.tokens < 16 ? call.tokens : 16),
         tile_bytes_(rows_ * kTileRowBytes),
-        piece_(most_ <= 32 ? steps_ : even_piece(steps_)) {}
+        piece_(most_ <= 32 ? steps_ : even_piece(steps_)),
+        slots_(most_ <= 32 ? kRingSteps - 1 : ~int64_t{0}) {}
 
   int32_t operator()() {
     const int64_t x_bytes = pairs(most_) * steps_ * 2 * tile_bytes_;
@@ -196,7 +197,7 @@ class AmxTokens {
         float* to = sums + (b - block) * sums_stride(tokens);
         for (int64_t tile = 0; tile < tiles(tokens); tile += 2) {
           const auto run = kMultiply[end - b > 1][tiles(tokens) - tile > 1][tile == 0];
-          run(decode_, weight, sizes_.block_bytes, step, steps, decoded, x_tile(tile, step), tile_bytes_,
+          run(decode_, weight, sizes_.block_bytes, step, steps, decoded, slots_, x_tile(tile, step), tile_bytes_,
               to + tile * kSumsFloats, sums_stride(tokens), step == 0);
         }
       }
@@ -220,6 +221,7 @@ class AmxTokens {
   const int64_t rows_;   // of a tile of tokens
   const int64_t tile_bytes_;
   const int64_t piece_;  // steps; all of them where no other pair of tiles of tokens needs the decoded weights
+  const int64_t slots_;  // the bits of a step's number that say where its decoded weights are
   uint8_t* x_ = nullptr;
 };
 

@@ -12,7 +12,7 @@ namespace maskpro {
 // core (1 to 8 tokens, weights in large pages).
 constexpr int64_t kFarBytes = 12288;
 
-// For more than two tiles of tokens: what they read again and again needs the L1.
+// For more than two tiles of tokens, and for AMX: what they read again and again needs the L1.
 constexpr int64_t kNearBytes = 4096;
 
 // The hardware runs ahead of a stream, but stops where a page ends: fetches the lines of slot j, `ahead` bytes on. (A
