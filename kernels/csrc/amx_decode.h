@@ -1,8 +1,8 @@
 // Expands a packed weight to tiles of bfloat16, [16 pairs of columns][16 rows][2]: AMX has no product that skips zeros.
 //
 // A decoder writes the tile of one step, the 32 columns from 32 * step on, of a block of rows. Columns past the
-// weight's last are zeros. Up to its kFewTokens, measured, vectors are faster than tiles; for more of them where values
-// are int8, which take longer to expand than to read.
+// weight's last are zeros. Up to its kFewTokens, measured, vectors are faster than tiles; mostly for more of them where
+// values are int8, which take longer to expand than to read.
 #ifndef MASKPRO_AMX_DECODE_H_
 #define MASKPRO_AMX_DECODE_H_
 

@@ -43,8 +43,9 @@ class ConfiguredTiles {
   static_assert(sizeof(Config) == 64, "what LDTILECFG reads");
 };
 
-// What was written so far is in memory before a tile is loaded next: the compiler does not know that a load reads it.
-[[gnu::always_inline]] inline void before_tile_loads() { __asm__ volatile("" ::: "memory"); }
+// The compiler does not know that loading a tile reads memory: what is to be read is written before this, what overwrites
+// what was read comes after it.
+[[gnu::always_inline]] inline void between_writes_and_tile_loads() { __asm__ volatile("" ::: "memory"); }
 
 }  // namespace
 }  // namespace maskpro

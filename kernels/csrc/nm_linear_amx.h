@@ -36,7 +36,7 @@ constexpr int64_t kPieceSteps = 24;
 // Pairs of blocks for which a piece's activations are read from L3 once.
 constexpr int64_t kGroupPairs = 8;
 
-// Where no other tokens need them, decoded tiles make room for those of the next step: the L1 is for what memory sends.
+// Where no other tokens need them, decoded tiles are overwritten two steps later: the L1 is for what memory sends.
 constexpr int64_t kRingSteps = 2;
 
 constexpr int64_t kSumsFloats = 16 * kBlockRows;  // of a tile of tokens and a block
@@ -57,7 +57,7 @@ template <class Decoder, int kBlocks, int kTiles, bool kDecode>
     _tile_zero(2);
     _tile_zero(3);
   } else {
-    before_tile_loads();
+    between_writes_and_tile_loads();
     _tile_loadd(0, sums, kTileRowBytes);
     if constexpr (kTiles > 1) _tile_loadd(1, sums + kSumsFloats, kTileRowBytes);
     if constexpr (kBlocks > 1) _tile_loadd(2, sums + sums_stride, kTileRowBytes);
@@ -67,12 +67,13 @@ template <class Decoder, int kBlocks, int kTiles, bool kDecode>
   for (int64_t s = 0; s < steps + ahead; ++s) {
     if constexpr (kDecode) {
       if (s < steps) {
+        between_writes_and_tile_loads();
         uint8_t* to = decoded + (s & slots) * 2 * kWeightTileBytes;
         decode(block, first + s, to);
         if constexpr (kBlocks > 1) decode(block + block_bytes, first + s, to + kWeightTileBytes);
       }
       if (s < ahead) continue;
-      before_tile_loads();
+      between_writes_and_tile_loads();
     }
     const uint8_t* w = decoded + ((s - ahead) & slots) * 2 * kWeightTileBytes;
     const uint8_t* tokens = x + (s - ahead) * 2 * tile_bytes;

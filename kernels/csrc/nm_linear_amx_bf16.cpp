@@ -3,7 +3,7 @@
 namespace maskpro {
 namespace {
 
-// Few tokens are faster without tiles: expanding a weight would take longer than reading it.
+// Up to a decoder's kFewTokens expanding a weight takes longer than reading it.
 template <class Decoder>
 int32_t run_tiles(const NMLinear& call) {
   if (call.tokens <= Decoder::kFewTokens) return nm_linear_avx512(call);
@@ -24,8 +24,6 @@ int32_t run_pattern(const NMLinear& call) {
   switch (index_bits(call.n, call.m)) {
     case 0:
       return run_tiles<DecodeDense<Weight>>(call);
-    case 2:
-      return run_tiles<DecodeAny<Weight, 2>>(call);
     case 3:
       return run_tiles<DecodeAny<Weight, 3>>(call);
     case 4:

@@ -83,10 +83,19 @@ def complete(
 
 
 def _events(response: httpx.Response) -> Iterator[dict[str, Any]]:
-    for line in response.iter_lines():
+    for line in _lines(response):
         text = line.removeprefix("data: ")
         if text.startswith("{"):
             yield json.loads(text)
+
+
+def _lines(response: httpx.Response) -> Iterator[str]:
+    """Not httpx's, which also end at U+0085 and other characters that a random model says."""
+    rest = ""
+    for text in response.iter_text():
+        *lines, rest = (rest + text).split("\n")
+        yield from lines
+    yield rest
 
 
 class Load:
