@@ -44,12 +44,12 @@ constexpr int64_t kSumsFloats = 16 * kBlockRows;  // of a tile of tokens and a b
 // sums[b][t] += x[t] W[b]^T over some steps of kBlocks blocks and kTiles tiles of tokens.
 //
 //   block    the first block of the weight; the next one is block_bytes on
-//   decoded  tiles [kPieceSteps or kRingSteps][2], of step s at s & slots; written if kDecode
+//   decoded  tiles [kPieceSteps or kRingSteps][2], of step s at s & ring_bits; written if kDecode
 //   x        tiles [steps][2], each of tile_bytes
 //   sums     [kBlocks][kTiles] tiles, blocks sums_stride floats apart; not read if `fresh`
 template <class Decoder, int kBlocks, int kTiles, bool kDecode>
 [[gnu::noinline]] void multiply_tiles(const Decoder& decode, const uint8_t* block, int64_t block_bytes, int64_t first,
-                                      int64_t steps, uint8_t* decoded, int64_t slots, const uint8_t* x,
+                                      int64_t steps, uint8_t* decoded, int64_t ring_bits, const uint8_t* x,
                                       int64_t tile_bytes, float* sums, int64_t sums_stride, bool fresh) {
   if (fresh) {
     _tile_zero(0);
@@ -68,14 +68,14 @@ template <class Decoder, int kBlocks, int kTiles, bool kDecode>
     if constexpr (kDecode) {
       if (s < steps) {
         between_writes_and_tile_loads();
-        uint8_t* to = decoded + (s & slots) * 2 * kWeightTileBytes;
+        uint8_t* to = decoded + (s & ring_bits) * 2 * kWeightTileBytes;
         decode(block, first + s, to);
         if constexpr (kBlocks > 1) decode(block + block_bytes, first + s, to + kWeightTileBytes);
       }
       if (s < ahead) continue;
       between_writes_and_tile_loads();
     }
-    const uint8_t* w = decoded + ((s - ahead) & slots) * 2 * kWeightTileBytes;
+    const uint8_t* w = decoded + ((s - ahead) & ring_bits) * 2 * kWeightTileBytes;
     const uint8_t* tokens = x + (s - ahead) * 2 * tile_bytes;
     _tile_loadd(4, tokens, kTileRowBytes);
     if constexpr (kTiles > 1) _tile_loadd(5, tokens + tile_bytes, kTileRowBytes);
@@ -104,7 +104,7 @@ class AmxTokens {
         rows_(call.tokens < 16 ? call.tokens : 16),
         tile_bytes_(rows_ * kTileRowBytes),
         piece_(most_ <= 32 ? steps_ : even_piece(steps_)),
-        slots_(most_ <= 32 ? kRingSteps - 1 : ~int64_t{0}) {}
+        ring_bits_(most_ <= 32 ? kRingSteps - 1 : ~int64_t{0}) {}
 
   int32_t operator()() {
     const int64_t x_bytes = pairs(most_) * steps_ * 2 * tile_bytes_;
@@ -198,7 +198,7 @@ class AmxTokens {
         float* to = sums + (b - block) * sums_stride(tokens);
         for (int64_t tile = 0; tile < tiles(tokens); tile += 2) {
           const auto run = kMultiply[end - b > 1][tiles(tokens) - tile > 1][tile == 0];
-          run(decode_, weight, sizes_.block_bytes, step, steps, decoded, slots_, x_tile(tile, step), tile_bytes_,
+          run(decode_, weight, sizes_.block_bytes, step, steps, decoded, ring_bits_, x_tile(tile, step), tile_bytes_,
               to + tile * kSumsFloats, sums_stride(tokens), step == 0);
         }
       }
@@ -222,7 +222,7 @@ class AmxTokens {
   const int64_t rows_;   // of a tile of tokens
   const int64_t tile_bytes_;
   const int64_t piece_;  // steps; all of them where no other pair of tiles of tokens needs the decoded weights
-  const int64_t slots_;  // the bits of a step's number that say where its decoded weights are
+  const int64_t ring_bits_;  // the bits of a step's number that say where its decoded weights are
   uint8_t* x_ = nullptr;
 };
 
