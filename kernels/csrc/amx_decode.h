@@ -42,7 +42,7 @@ struct ShufflesOfFour {
 template <class Weight, int kN>
 class DecodeOfFour {
  public:
-  static constexpr int64_t kFewTokens = sizeof(Weight) == 1 ? (kN == 2 ? 3 : 8) : (kN == 2 ? 0 : 6);
+  static constexpr int64_t kFewTokens = kN == 2 ? 0 : sizeof(Weight) == 1 ? 8 : 6;
 
   explicit DecodeOfFour(const NMLinear&) {}
 

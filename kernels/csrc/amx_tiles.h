@@ -1,4 +1,5 @@
-// Tile registers of AMX: eight of 16 rows of 64 bytes, whose product adds pairs of bfloat16 to float32.
+// Tile registers of AMX: eight of 16 rows of 64 bytes, whose product adds pairs of bfloat16 to float32, or four products
+// of int8 to int32.
 #ifndef MASKPRO_AMX_TILES_H_
 #define MASKPRO_AMX_TILES_H_
 
@@ -12,17 +13,17 @@ constexpr int kTileRowBytes = 64;
 constexpr int kTileSteps = 32;  // columns of a weight that one product takes
 constexpr int64_t kWeightTileBytes = 16 * kTileRowBytes;
 
-// The calling thread's tile registers, set up while in scope: 0 to 3 are sums [tokens][16 rows of a weight] of float32,
-// 4 and 5 activations [tokens][32 columns], 6 and 7 weights [16 pairs of columns][16 rows][2]. Others who use tiles load
-// their own configuration before they do; nothing is left in the registers, which the system would have to save.
+// The calling thread's tile registers, set up while in scope: 0 to 3 are sums [rows][16 rows of a weight] of 32 bits, 4
+// and 5 activations [rows][64 bytes], 6 and 7 weights [16][16 rows][4 bytes]. Others who use tiles load their own
+// configuration before they do; nothing is left in the registers, which the system would have to save.
 class ConfiguredTiles {
  public:
-  explicit ConfiguredTiles(int64_t tokens) {
+  explicit ConfiguredTiles(int64_t rows) {
     Config config = {};
     config.palette = 1;
     for (int tile = 0; tile < 8; ++tile) {
       config.row_bytes[tile] = kTileRowBytes;
-      config.rows[tile] = tile < 6 ? static_cast<uint8_t>(tokens) : 16;
+      config.rows[tile] = tile < 6 ? static_cast<uint8_t>(rows) : 16;
     }
     // The compiler believes that only a pointer's bytes of it are read.
     __asm__ volatile("" : : "r"(&config) : "memory");

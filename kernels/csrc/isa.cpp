@@ -41,7 +41,8 @@ bool isa_available(int32_t isa) {
       return isa_available(MASKPRO_AVX512) && __builtin_cpu_supports("avx512bf16");
     case MASKPRO_AMX_BF16:
       return isa_available(MASKPRO_AVX512_BF16) && __builtin_cpu_supports("amx-tile") &&
-             __builtin_cpu_supports("amx-bf16") && tiles_permitted();
+             __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("amx-int8") &&
+             __builtin_cpu_supports("avx512vbmi") && tiles_permitted();
 #endif
     default:
       return false;

@@ -22,7 +22,7 @@
 //
 // Structure: interleaved.h is the order of the weight; nm_linear_few.h and nm_linear_many.h cut the work into blocks and
 // threads for few and for many tokens, nm_linear_pairs.h is the innermost loop of pairs; nm_linear_amx.h does
-// both with tiles. vector_<isa>.h has the instructions, nm_linear_<isa>.cpp is the instantiation under that ISA's flags.
+// both with tiles, nm_linear_amx_int8.h few tokens of 2:4 int8. vector_<isa>.h has the instructions, nm_linear_<isa>.cpp is the instantiation under that ISA's flags.
 #include "nm_linear.h"
 
 #include "arguments.h"

@@ -1,4 +1,5 @@
 #include "nm_linear_amx.h"
+#include "nm_linear_amx_int8.h"
 
 namespace maskpro {
 namespace {
@@ -38,6 +39,7 @@ int32_t run_pattern(const NMLinear& call) {
 int32_t nm_linear_amx_bf16(const NMLinear& call) {
   const bool int8 = call.weight_dtype == MASKPRO_I8;
   if (call.act_dtype != MASKPRO_BF16 || (call.weight_dtype != MASKPRO_BF16 && !int8)) return nm_linear_avx512(call);
+  if (AmxIntegers::covers(call)) return AmxIntegers(call)();
   return int8 ? run_pattern<int8_t>(call) : run_pattern<BF16>(call);
 }
 
