@@ -77,8 +77,9 @@ MASKPRO_API int32_t maskpro_interleave(void* weight, const void* values, const u
 //
 // Sums are float32, rounded once to act_dtype, which like bias_dtype is no integer. With MASKPRO_AVX512_BF16 and
 // MASKPRO_AMX_BF16, subnormal bfloat16 activations and weights, and subnormal sums, may count as zero; with the latter, an
-// infinite activation or a NaN may also reach outputs whose weight of its column is not kept. Reentrant: any number of
-// threads may call at once.
+// infinite activation or a NaN may also reach outputs whose weight of its column is not kept, and for few tokens of 2:4
+// int8 sums are exact integers of activations with 24 bits (nm_linear_amx_int8.h). Reentrant: any number of threads may
+// call at once.
 //
 // Reads the weight once for up to a few tokens. Returns a maskpro_status; on anything but MASKPRO_OK, y is untouched.
 MASKPRO_API int32_t maskpro_nm_linear(void* y, const void* x, const void* weight, const float* scale, const void* bias,
