@@ -10,7 +10,7 @@ namespace maskpro {
 namespace {
 
 constexpr int kTileRowBytes = 64;
-constexpr int kTileSteps = 32;  // columns of a weight that one product takes
+constexpr int kTileSteps = 32;  // columns of a weight that one product of bfloat16 takes
 constexpr int64_t kWeightTileBytes = 16 * kTileRowBytes;
 
 // The calling thread's tile registers, set up while in scope: 0 to 3 are sums [rows][16 rows of a weight] of 32 bits, 4

@@ -1,5 +1,5 @@
-// Storage types of weights and activations. Arithmetic is always float32; the conversions live with
-// each instruction set (vector_*.h).
+// Storage types of weights and activations. Arithmetic is float32, but for nm_linear_amx_int8.h; the conversions live
+// with each instruction set (vector_*.h).
 #ifndef MASKPRO_ELEMENT_TYPES_H_
 #define MASKPRO_ELEMENT_TYPES_H_
 

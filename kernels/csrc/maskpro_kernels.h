@@ -20,7 +20,7 @@ extern "C" {
 
 enum maskpro_dtype { MASKPRO_F32 = 0, MASKPRO_BF16 = 1, MASKPRO_F16 = 2, MASKPRO_I8 = 3 };
 
-// Each includes those before it.
+// Each includes those before it; the last also AMX_INT8 and AVX512_VBMI.
 enum maskpro_isa { MASKPRO_PORTABLE = 0, MASKPRO_AVX2 = 1, MASKPRO_AVX512 = 2, MASKPRO_AVX512_BF16 = 3,
                    MASKPRO_AMX_BF16 = 4 };
 
@@ -78,8 +78,8 @@ MASKPRO_API int32_t maskpro_interleave(void* weight, const void* values, const u
 // Sums are float32, rounded once to act_dtype, which like bias_dtype is no integer. With MASKPRO_AVX512_BF16 and
 // MASKPRO_AMX_BF16, subnormal bfloat16 activations and weights, and subnormal sums, may count as zero; with the latter, an
 // infinite activation or a NaN may also reach outputs whose weight of its column is not kept, and for few tokens of 2:4
-// int8 sums are exact integers of activations with 24 bits (nm_linear_amx_int8.h). Reentrant: any number of threads may
-// call at once.
+// int8 each activation is rounded to a multiple of 2^-21 of its token's largest, or of 2^-126, or of less, and one that is
+// infinite or NaN makes the token's outputs NaN (nm_linear_amx_int8.h). Reentrant: any number of threads may call at once.
 //
 // Reads the weight once for up to a few tokens. Returns a maskpro_status; on anything but MASKPRO_OK, y is untouched.
 MASKPRO_API int32_t maskpro_nm_linear(void* y, const void* x, const void* weight, const float* scale, const void* bias,

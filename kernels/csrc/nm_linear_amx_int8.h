@@ -5,9 +5,9 @@
 //
 //   y = s (W q_2 256^2 + W q_1 256 + W q_0)
 //
-// bfloat16 has 8 bits: activations down to 2^-14 of the token's largest are exact integers, smaller ones are rounded by
-// at most 2^-23 of it. Sums of products are exact; what puts them together rounds a few times. A token that holds an
-// infinity or a NaN gives NaN.
+// bfloat16 has 8 bits: activations down to 2^-14 of the token's largest are exact integers. Smaller ones, and in a token
+// below 2^-104 all of them, become multiples of s: at most 2^-21 of the largest, or 2^-126. Sums of a digit's products are
+// exact; putting them together rounds a few times. A token that holds an infinity or a NaN gives NaN.
 //
 //   split every token into digits, tiles [step of 64 columns][digit][token][64], shared by all threads
 //   for every pair of blocks of rows of this thread: multiply_integers
@@ -35,8 +35,8 @@ namespace {
 constexpr int64_t kIntegerColumns = 64;  // that one product takes
 constexpr int kDigits = 3;
 
-// Their digits are a tile's rows. With a second tile there are as many products as with bfloat16, and that was faster
-// where they, not memory, took the time.
+// Their digits are a tile's rows. With a second tile there are as many products as with bfloat16, which was faster where
+// products, not memory, took the time.
 constexpr int64_t kIntegerTokens = 16 / kDigits;
 
 // Sums of 128 * 128 fit 32 bits.
@@ -77,15 +77,14 @@ class DecodeBytes {
     const __m512i indices = _mm512_loadu_si512(from);
     const int8_t* values = reinterpret_cast<const int8_t*>(from + chunk_index_bytes(2));
     const __m512i shuffles = _mm512_load_si512(kShuffles.bytes);
-    const __m512i odd = lanes() | _mm512_set1_epi8(2);
+    const __m512i second_lanes = lanes() | _mm512_set1_epi8(2);
     // Byte r of four slots of sixteen rows each, to the lane of row r.
     const __m512i rows = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m512i transpose = _mm512_or_si512(_mm512_mullo_epi32(rows, _mm512_set1_epi32(0x01010101)),
                                               _mm512_set1_epi32(0x30201000));
     __builtin_prefetch(from + kNearBytes);
 #pragma GCC unroll 4
-    for (int twice = 0; twice < 4; ++twice) {
-      const int slot = 4 * twice;
+    for (int slot = 0; slot < 16; slot += 4) {  // two groups
       const __m512i kept = _mm512_permutexvar_epi8(transpose, _mm512_loadu_si512(values + slot * kBlockRows));
       prefetch(values, slot, kNearBytes);
       // A permute looks at the lower four bits.
@@ -93,7 +92,7 @@ class DecodeBytes {
       const __m512i second = _mm512_permutexvar_epi32(_mm512_srli_epi32(indices, 2 * slot + 4), shuffles);
       uint8_t* to = tile + slot / 2 * kTileRowBytes;
       _mm512_store_si512(to, _mm512_shuffle_epi8(kept, _mm512_or_si512(first, lanes())));
-      _mm512_store_si512(to + kTileRowBytes, _mm512_shuffle_epi8(kept, _mm512_or_si512(second, odd)));
+      _mm512_store_si512(to + kTileRowBytes, _mm512_shuffle_epi8(kept, _mm512_or_si512(second, second_lanes)));
     }
   }
 
@@ -138,8 +137,8 @@ template <int kBlocks>
 class AmxIntegers {
  public:
   static bool covers(const NMLinear& call) {
-    return call.weight_dtype == MASKPRO_I8 && call.n == 2 && call.m == 4 && call.tokens <= kIntegerTokens &&
-           call.in_features / 2 <= kIntegerKept;
+    return call.act_dtype == MASKPRO_BF16 && call.weight_dtype == MASKPRO_I8 && call.n == 2 && call.m == 4 &&
+           call.tokens <= kIntegerTokens && call.in_features / 2 <= kIntegerKept;
   }
 
   explicit AmxIntegers(const NMLinear& call)
@@ -150,7 +149,7 @@ class AmxIntegers {
         tile_bytes_(kDigits * call.tokens * kTileRowBytes) {}
 
   int32_t operator()() {
-    constexpr int64_t kThreadFloats = kDecodedFloats + kSumsFloats + kBlockRows;
+    constexpr int64_t kThreadFloats = kDecodedFloats + kPairSumsFloats + kBlockRows;
     const int64_t x_floats = steps_ * tile_bytes_ / 4;
     float* scratch = thread_scratch(x_floats + call_.threads * kThreadFloats);
     if (scratch == nullptr) return MASKPRO_NO_MEMORY;
@@ -164,7 +163,7 @@ class AmxIntegers {
       float* const memory = scratch + x_floats + thread * kThreadFloats;
       uint8_t* const decoded = reinterpret_cast<uint8_t*>(memory);
       int32_t* const sums = reinterpret_cast<int32_t*>(memory + kDecodedFloats);
-      float* const outputs = memory + kDecodedFloats + kSumsFloats;
+      float* const outputs = memory + kDecodedFloats + kPairSumsFloats;
       const ConfiguredTiles tiles(kDigits * call_.tokens);
       const int64_t end = sizes_.blocks * (thread + 1) / threads;
       for (int64_t block = sizes_.blocks * thread / threads; block < end; block += 2) {
@@ -179,8 +178,8 @@ class AmxIntegers {
   }
 
  private:
-  static constexpr int64_t kDecodedFloats = 4 * kWeightTileBytes / 4;
-  static constexpr int64_t kSumsFloats = 2 * 16 * kBlockRows;
+  static constexpr int64_t kDecodedFloats = 2 * 2 * kWeightTileBytes / sizeof(float);
+  static constexpr int64_t kPairSumsFloats = 2 * 16 * kBlockRows;
   static constexpr decltype(&multiply_integers<1>) kMultiply[2] = {multiply_integers<1>, multiply_integers<2>};
 
   // Writes one token's digits.
@@ -198,19 +197,21 @@ class AmxIntegers {
     // 127, 127, 127; at least what leaves s a normal number.
     const int32_t exponent = (bits + 1) >> 7 > 23 ? (bits + 1) >> 7 : 23;
     const bool finite = bits < 0x7f80;
-    scale_[token] = finite ? float_of(exponent - 22) : __builtin_nanf("");
-    const __m512 inverse = finite ? _mm512_set1_ps(float_of(276 - exponent)) : _mm512_setzero_ps();
+    scale_[token] = finite ? power_of_two(exponent - 22) : __builtin_nanf("");
+    const __m512 inverse = finite ? _mm512_set1_ps(power_of_two(276 - exponent)) : _mm512_setzero_ps();
     for (int64_t column = 0; column < steps_ * kIntegerColumns; column += 16) {
-      const __mmask16 some = static_cast<__mmask16>(first_of(call_.in_features - column));
-      const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, x + column));
+      const int64_t rest = call_.in_features - column;
+      __m256i some = _mm256_setzero_si256();
+      if (rest > 0) some = _mm256_maskz_loadu_epi16(static_cast<__mmask16>(first_of(rest)), x + column);
+      const __m512i wide = _mm512_cvtepu16_epi32(some);
       const __m512 quotients = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16)), inverse);
       // Adding 128 to every digit carries what is above 127 to the next.
-      const __m512i ones = _mm512_set1_epi32(0x808080);
-      const __m512i all = _mm512_xor_si512(_mm512_add_epi32(_mm512_cvtps_epi32(quotients), ones), ones);
+      const __m512i carry = _mm512_set1_epi32(0x808080);
+      const __m512i digits = _mm512_xor_si512(_mm512_add_epi32(_mm512_cvtps_epi32(quotients), carry), carry);
       uint8_t* to = x_ + column / kIntegerColumns * tile_bytes_ + token * kTileRowBytes + column % kIntegerColumns;
-      store_bytes(to, all);
-      store_bytes(to + call_.tokens * kTileRowBytes, _mm512_srli_epi32(all, 8));
-      store_bytes(to + 2 * call_.tokens * kTileRowBytes, _mm512_srli_epi32(all, 16));
+      store_bytes(to, digits);
+      store_bytes(to + call_.tokens * kTileRowBytes, _mm512_srli_epi32(digits, 8));
+      store_bytes(to + 2 * call_.tokens * kTileRowBytes, _mm512_srli_epi32(digits, 16));
     }
   }
 
@@ -219,11 +220,11 @@ class AmxIntegers {
   }
 
   static __mmask32 first_of(int64_t count) {
-    return count >= 32 ? ~__mmask32{0} : count <= 0 ? 0 : (__mmask32{1} << count) - 1;
+    return count >= 32 ? ~__mmask32{0} : (__mmask32{1} << count) - 1;
   }
 
   // 2^(exponent - 127)
-  static float float_of(int32_t exponent) {
+  static float power_of_two(int32_t exponent) {
     const uint32_t bits = static_cast<uint32_t>(exponent) << 23;
     float value;
     memcpy(&value, &bits, sizeof value);

@@ -215,16 +215,20 @@ def test_every_way_to_expand_a_weight(isa, pattern, kept):
     """Instruction sets that multiply pairs or tiles have code for single patterns, which random ones seldom meet."""
     nm = NMPattern.parse(pattern)
     short, wide = 9 * nm.m, 1000 // nm.m * nm.m
-    for tokens, columns, threads in ((13, short, 1), (29, short, 2), (29, wide, 2), (33, wide, 3), (257, wide, 2)):
+    bias = torch.randn(70).half()
+    for tokens, columns, threads in (
+        (1, short, 7), (5, wide, 3), (13, short, 1), (29, short, 2), (29, wide, 2), (33, wide, 3), (257, wide, 2),
+    ):  # fmt: skip
         weight = packed(torch.randn((70, columns)), nm, kept)
         x = torch.randn((tokens, columns)).bfloat16()
-        check(x, weight, None, run_on_nan(x, weight, None, isa, threads))
+        check(x, weight, bias, run_on_nan(x, weight, bias, isa, threads))
 
 
-@pytest.mark.parametrize("tokens", [1, 7, 17, 64, 600])
+@pytest.mark.parametrize("tokens", [1, 5, 7, 17, 64, 600])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_many_tokens_and_threads(isa, tokens, dtype):
-    weight = pack(torch.randn((290, 2048)).bfloat16(), NMPattern(2, 4))
+@pytest.mark.parametrize("kept", [torch.bfloat16, torch.int8], ids=str)
+def test_many_tokens_and_threads(isa, tokens, dtype, kept):
+    weight = packed(torch.randn((290, 2048)), NMPattern(2, 4), kept)
     x = torch.randn((tokens, 2048)).to(dtype)
     outputs = [run_on_nan(x, weight, None, isa, threads) for threads in (1, 2, 3, 5)]
     check(x, weight, None, outputs[0])
