@@ -13,6 +13,9 @@ constexpr int kTileRowBytes = 64;
 constexpr int kTileSteps = 32;  // columns of a weight that one product of bfloat16 takes
 constexpr int64_t kWeightTileBytes = 16 * kTileRowBytes;
 
+// The first `rest` of 32 columns, or all if there are more.
+inline __mmask32 first_columns(int64_t rest) { return rest >= 32 ? ~__mmask32{0} : (__mmask32{1} << rest) - 1; }
+
 // The calling thread's tile registers, set up while in scope: 0 to 3 are sums [rows][16 rows of a weight] of 32 bits, 4
 // and 5 activations [rows][64 bytes], 6 and 7 weights [16][16 rows][4 bytes]. Others who use tiles load their own
 // configuration before they do; nothing is left in the registers, which the system would have to save.

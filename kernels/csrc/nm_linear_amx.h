@@ -180,7 +180,7 @@ class AmxTokens {
       const BF16* from = static_cast<const BF16*>(call_.x) + (token + tile * 16) * call_.in_features + column;
       uint8_t* to = x_tile(tile, piece % steps_);
       const int64_t rest = call_.in_features - column;
-      const __mmask32 columns = rest >= kTileSteps ? ~__mmask32{0} : (__mmask32{1} << rest) - 1;
+      const __mmask32 columns = first_columns(rest);
       const int64_t rows = tokens - tile * 16;
       for (int64_t row = 0; row < rows_; ++row) {
         const __mmask32 some = row < rows ? columns : 0;

@@ -149,9 +149,7 @@ class AmxIntegers {
         tile_bytes_(kDigits * call.tokens * kTileRowBytes) {}
 
   int32_t operator()() {
-    constexpr int64_t kThreadFloats = kDecodedFloats + kPairSumsFloats + kBlockRows;
-    const int64_t x_floats = steps_ * tile_bytes_ / 4;
-    float* scratch = thread_scratch(x_floats + call_.threads * kThreadFloats);
+    float* scratch = thread_scratch(steps_ * tile_bytes_ / 4);
     if (scratch == nullptr) return MASKPRO_NO_MEMORY;
     x_ = reinterpret_cast<uint8_t*>(scratch);
     for (int64_t token = 0; token < call_.tokens; ++token) split(token);  // faster than threads meet at a barrier
@@ -160,26 +158,22 @@ class AmxIntegers {
       // The runtime may grant fewer threads than asked.
       const int64_t threads = omp_get_num_threads();
       const int64_t thread = omp_get_thread_num();
-      float* const memory = scratch + x_floats + thread * kThreadFloats;
-      uint8_t* const decoded = reinterpret_cast<uint8_t*>(memory);
-      int32_t* const sums = reinterpret_cast<int32_t*>(memory + kDecodedFloats);
-      float* const outputs = memory + kDecodedFloats + kPairSumsFloats;
+      alignas(64) uint8_t decoded[2 * 2 * kWeightTileBytes];
+      alignas(64) int32_t sums[2 * 16 * kBlockRows];
       const ConfiguredTiles tiles(kDigits * call_.tokens);
       const int64_t end = sizes_.blocks * (thread + 1) / threads;
       for (int64_t block = sizes_.blocks * thread / threads; block < end; block += 2) {
         const bool two = end - block > 1;
         const uint8_t* weight = call_.weight + block * sizes_.block_bytes;
         kMultiply[two](decode_, weight, sizes_.block_bytes, steps_, decoded, x_, tile_bytes_, sums);
-        store(block, sums, outputs);
-        if (two) store(block + 1, sums + tile_bytes_ / 4, outputs);
+        store(block, sums);
+        if (two) store(block + 1, sums + tile_bytes_ / 4);
       }
     }
     return MASKPRO_OK;
   }
 
  private:
-  static constexpr int64_t kDecodedFloats = 2 * 2 * kWeightTileBytes / sizeof(float);
-  static constexpr int64_t kPairSumsFloats = 2 * 16 * kBlockRows;
   static constexpr decltype(&multiply_integers<1>) kMultiply[2] = {multiply_integers<1>, multiply_integers<2>};
 
   // Writes one token's digits.
@@ -187,12 +181,11 @@ class AmxIntegers {
     const BF16* x = static_cast<const BF16*>(call_.x) + token * call_.in_features;
     __m512i largest = _mm512_setzero_si512();
     for (int64_t column = 0; column < call_.in_features; column += 32) {
-      const __m512i some = _mm512_maskz_loadu_epi16(first_of(call_.in_features - column), x + column);
+      const __m512i some = _mm512_maskz_loadu_epi16(first_columns(call_.in_features - column), x + column);
       largest = _mm512_max_epu16(largest, _mm512_and_si512(some, _mm512_set1_epi16(0x7fff)));
     }
-    const __m256i half = _mm256_max_epu16(_mm512_castsi512_si256(largest), _mm512_extracti64x4_epi64(largest, 1));
-    const __m128i quarter = _mm_max_epu16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
-    const int32_t bits = 0xffff - _mm_extract_epi16(_mm_minpos_epu16(_mm_xor_si128(quarter, _mm_set1_epi16(-1))), 0);
+    const __m512i odd = _mm512_srli_epi32(largest, 16), even = _mm512_and_si512(largest, _mm512_set1_epi32(0xffff));
+    const int32_t bits = static_cast<int32_t>(_mm512_reduce_max_epu32(_mm512_max_epu32(odd, even)));
     // The exponent of the largest; one more if its eight bits are ones, whose quotient by s would be more than the digits
     // 127, 127, 127; at least what leaves s a normal number.
     const int32_t exponent = (bits + 1) >> 7 > 23 ? (bits + 1) >> 7 : 23;
@@ -202,7 +195,7 @@ class AmxIntegers {
     for (int64_t column = 0; column < steps_ * kIntegerColumns; column += 16) {
       const int64_t rest = call_.in_features - column;
       __m256i some = _mm256_setzero_si256();
-      if (rest > 0) some = _mm256_maskz_loadu_epi16(static_cast<__mmask16>(first_of(rest)), x + column);
+      if (rest > 0) some = _mm256_maskz_loadu_epi16(static_cast<__mmask16>(first_columns(rest)), x + column);
       const __m512i wide = _mm512_cvtepu16_epi32(some);
       const __m512 quotients = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16)), inverse);
       // Adding 128 to every digit carries what is above 127 to the next.
@@ -219,10 +212,6 @@ class AmxIntegers {
     _mm_store_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(lanes));
   }
 
-  static __mmask32 first_of(int64_t count) {
-    return count >= 32 ? ~__mmask32{0} : (__mmask32{1} << count) - 1;
-  }
-
   // 2^(exponent - 127)
   static float power_of_two(int32_t exponent) {
     const uint32_t bits = static_cast<uint32_t>(exponent) << 23;
@@ -231,8 +220,8 @@ class AmxIntegers {
     return value;
   }
 
-  // Sums [digit][token][16] to outputs, by way of a vector.
-  void store(int64_t block, const int32_t* sums, float* outputs) const {
+  // Sums [digit][token][16] to outputs.
+  void store(int64_t block, const int32_t* sums) const {
     const BlockOutputs<Avx512, BF16> to(call_, block);
     const __m512 base = _mm512_set1_ps(256.0F);
     for (int64_t t = 0; t < call_.tokens; ++t) {
@@ -241,6 +230,7 @@ class AmxIntegers {
         const __m512i own = _mm512_load_si512(sums + (digit * call_.tokens + t) * kBlockRows);
         sum = _mm512_fmadd_ps(sum, base, _mm512_cvtepi32_ps(own));
       }
+      alignas(64) float outputs[kBlockRows];
       _mm512_store_ps(outputs, _mm512_mul_ps(sum, _mm512_set1_ps(scale_[t])));
       to.store(t, outputs);
     }

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from exact import exact_weight
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maskpro_kernels import NMPattern, NMWeight, _cpu, to_int8, unpack
+from maskpro_kernels import NMPattern, NMWeight, _cpu, pack, to_int8
 from maskpro_kernels.interleaved import interleave
-from maskpro_kernels.packing import pack
 
 MOST_TOKENS = 5
 UNIT = torch.finfo(torch.float32).eps / 2
@@ -55,8 +55,7 @@ def test_sums_are_exact_where_no_activation_is_far_below_the_largest(rows, group
     generator = torch.Generator().manual_seed(seed)
     weight = to_int8(pack(torch.randn((rows, 4 * groups), generator=generator), NMPattern(2, 4)))
     x = random_bfloat16((tokens, 4 * groups), offset - 14, offset, generator)
-    dense = unpack(NMWeight(weight.values.float(), weight.bitmask, weight.shape, weight.pattern)).double()
-    dense *= weight.scale.double().unsqueeze(1)
+    dense = exact_weight(weight)
     exact = x.double() @ dense.T
     error = (run(x, weight).double() - exact).abs()
     assert (error <= HALF_ULP * exact.abs() + 6 * UNIT * (x.double().abs() @ dense.abs().T)).all()
@@ -68,7 +67,7 @@ def test_what_is_far_below_the_largest_is_rounded_to_a_fraction_of_it(rows, grou
     generator = torch.Generator().manual_seed(seed)
     weight = levels(torch.randint(-127, 128, (rows, 4 * groups), generator=generator))
     x = random_bfloat16((tokens, 4 * groups), -40, 10, generator)
-    dense = unpack(NMWeight(weight.values.float(), weight.bitmask, weight.shape, weight.pattern)).double()
+    dense = exact_weight(weight)
     exact = x.double() @ dense.T
     rounded = 2.0**-23 * (256 / 255) * x.double().abs().amax(1, keepdim=True) * dense.abs().sum(1)
     error = (run(x, weight).double() - exact).abs()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from exact import exact_weight
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -34,14 +35,6 @@ def packed(dense: torch.Tensor, pattern: NMPattern, dtype: torch.dtype, *, scale
         return to_int8(pack(dense, pattern))
     weight = pack(dense.to(dtype), pattern)
     return replace(weight, scale=dense.abs().amax(1)) if scaled else weight
-
-
-def exact_weight(weight: NMWeight) -> torch.Tensor:
-    """The dense weight in float64; a value times its scale has more bits than float32."""
-    if weight.scale is None:
-        return unpack(weight).double()
-    levels = NMWeight(weight.values.float(), weight.bitmask, weight.shape, weight.pattern)
-    return unpack(levels).double() * weight.scale.double().unsqueeze(1)
 
 
 def check(x: torch.Tensor, weight: NMWeight, bias: torch.Tensor | None, y: torch.Tensor) -> None:
@@ -221,7 +214,8 @@ def test_every_way_to_expand_a_weight(isa, pattern, kept):
     ):  # fmt: skip
         weight = packed(torch.randn((70, columns)), nm, kept)
         x = torch.randn((tokens, columns)).bfloat16()
-        check(x, weight, bias, run_on_nan(x, weight, bias, isa, threads))
+        for added in (None, bias):
+            check(x, weight, added, run_on_nan(x, weight, added, isa, threads))
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 7, 17, 64, 600])
