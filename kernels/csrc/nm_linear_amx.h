@@ -23,6 +23,7 @@
 #include "maskpro_kernels.h"
 #include "nm_linear.h"
 #include "scratch.h"
+#include "shares.h"
 #include "vector_avx512.h"
 
 namespace maskpro {
@@ -110,8 +111,11 @@ class AmxTokens {
     const int64_t x_bytes = pairs(most_) * steps_ * 2 * tile_bytes_;
     const int64_t sums_floats = kGroupPairs * 2 * sums_stride(most_);
     const int64_t thread_floats = kDecodedFloats + sums_floats;
-    float* scratch = thread_scratch(x_bytes / 4 + call_.threads * thread_floats);
-    if (scratch == nullptr) return MASKPRO_NO_MEMORY;
+    const int64_t share_floats = Shares::floats(call_.threads);
+    float* memory = thread_scratch(share_floats + x_bytes / 4 + call_.threads * thread_floats);
+    if (memory == nullptr) return MASKPRO_NO_MEMORY;
+    Shares shares(memory, call_.threads, sizes_.blocks, 2);
+    float* scratch = memory + share_floats;
     x_ = reinterpret_cast<uint8_t*>(scratch);
     const bool alone = most_ <= kSerialTokens;  // faster than threads meet at a barrier
     if (alone) lay_out(0, most_, 0, 1);
@@ -122,7 +126,6 @@ class AmxTokens {
       const int64_t thread = omp_get_thread_num();
       float* decoded = scratch + x_bytes / 4 + thread * thread_floats;
       float* sums = decoded + kDecodedFloats;
-      const int64_t block_end = sizes_.blocks * (thread + 1) / threads;
       const ConfiguredTiles tiles(rows_);
       for (int64_t token = 0; token < call_.tokens; token += kAmxPassTokens) {
         const int64_t rest = call_.tokens - token;
@@ -131,15 +134,15 @@ class AmxTokens {
           lay_out(token, tokens, thread, threads);
 #pragma omp barrier
         }
-        for (int64_t block = sizes_.blocks * thread / threads; block < block_end; block += 2 * kGroupPairs) {
-          const int64_t group_end = block + 2 * kGroupPairs < block_end ? block + 2 * kGroupPairs : block_end;
-          multiply(block, group_end, tokens, reinterpret_cast<uint8_t*>(decoded), sums);
-          for (int64_t b = block; b < group_end; b += 2) {
-            store(b, group_end - b, token, tokens, sums + (b - block) * sums_stride(tokens));
+        for (int64_t block, end; shares.take(thread, kGroupPairs, &block, &end);) {
+          multiply(block, end, tokens, reinterpret_cast<uint8_t*>(decoded), sums);
+          for (int64_t b = block; b < end; b += 2) {
+            store(b, end - b, token, tokens, sums + (b - block) * sums_stride(tokens));
           }
         }
         if (rest > kAmxPassTokens) {
 #pragma omp barrier
+          shares.deal_again(thread, threads);
         }
       }
     }

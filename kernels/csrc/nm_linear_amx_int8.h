@@ -27,6 +27,7 @@
 #include "nm_linear.h"
 #include "prefetch.h"
 #include "scratch.h"
+#include "shares.h"
 #include "vector_avx512.h"
 
 namespace maskpro {
@@ -149,20 +150,19 @@ class AmxIntegers {
         tile_bytes_(kDigits * call.tokens * kTileRowBytes) {}
 
   int32_t operator()() {
-    float* scratch = thread_scratch(steps_ * tile_bytes_ / 4);
+    const int64_t x_floats = steps_ * tile_bytes_ / 4;
+    float* scratch = thread_scratch(x_floats + Shares::floats(call_.threads));
     if (scratch == nullptr) return MASKPRO_NO_MEMORY;
+    Shares shares(scratch + x_floats, call_.threads, sizes_.blocks, 2);
     x_ = reinterpret_cast<uint8_t*>(scratch);
     for (int64_t token = 0; token < call_.tokens; ++token) split(token);  // faster than threads meet at a barrier
 #pragma omp parallel num_threads(call_.threads)
     {
-      // The runtime may grant fewer threads than asked.
-      const int64_t threads = omp_get_num_threads();
       const int64_t thread = omp_get_thread_num();
       alignas(64) uint8_t decoded[2 * 2 * kWeightTileBytes];
       alignas(64) int32_t sums[2 * 16 * kBlockRows];
       const ConfiguredTiles tiles(kDigits * call_.tokens);
-      const int64_t end = sizes_.blocks * (thread + 1) / threads;
-      for (int64_t block = sizes_.blocks * thread / threads; block < end; block += 2) {
+      for (int64_t block, end; shares.take(thread, 1, &block, &end);) {
         const bool two = end - block > 1;
         const uint8_t* weight = call_.weight + block * sizes_.block_bytes;
         kMultiply[two](decode_, weight, sizes_.block_bytes, steps_, decoded, x_, tile_bytes_, sums);

@@ -18,6 +18,7 @@
 #include "nm_linear_pairs.h"
 #include "prefetch.h"
 #include "scratch.h"
+#include "shares.h"
 
 namespace maskpro {
 
@@ -83,19 +84,19 @@ class FewTokens {
     const int64_t slots = sizes_.chunks * kSlots;
     const int64_t x_floats = kConvert ? call_.tokens * x_stride() * sizeof(Element) / sizeof(float) : 0;
     const int64_t sums_floats = call_.tokens * kBlockRows;
-    float* scratch = thread_scratch(slots + x_floats + call_.threads * sums_floats);
-    if (scratch == nullptr) return MASKPRO_NO_MEMORY;
+    const int64_t share_floats = Shares::floats(call_.threads);
+    float* memory = thread_scratch(share_floats + slots + x_floats + call_.threads * sums_floats);
+    if (memory == nullptr) return MASKPRO_NO_MEMORY;
+    Shares shares(memory, call_.threads, sizes_.blocks, 1);
+    float* scratch = memory + share_floats;
     int32_t* bases = reinterpret_cast<int32_t*>(scratch);
     write_bases<Isa>(call_, slots, bases);
     const Element* x = convert_x(scratch + slots);
 #pragma omp parallel num_threads(call_.threads)
     {
-      // The runtime may grant fewer threads than asked.
-      const int64_t threads = omp_get_num_threads();
       const int64_t thread = omp_get_thread_num();
       float* sums = scratch + slots + x_floats + thread * sums_floats;
-      const int64_t end = sizes_.blocks * (thread + 1) / threads;
-      for (int64_t block = sizes_.blocks * thread / threads; block < end; ++block) {
+      for (int64_t block, end; shares.take(thread, 1, &block, &end);) {
         memset(sums, 0, static_cast<size_t>(sums_floats) * sizeof(float));
         multiply(call_.weight + block * sizes_.block_bytes, bases, x, sums);
         const BlockOutputs<Isa, Act> outputs(call_, block);

@@ -17,6 +17,7 @@
 #include "maskpro_kernels.h"
 #include "nm_linear.h"
 #include "scratch.h"
+#include "shares.h"
 
 namespace maskpro {
 
@@ -116,8 +117,11 @@ class ManyTokens {
     const int64_t x_floats = column_blocks_ * tiles(most) * kTileFloats;
     const int64_t sums_floats = kGroupBlocks * kBlockRows * sums_stride_;
     const int64_t thread_floats = sums_floats + kEntryFloats + kTurnFloats;
-    float* scratch = thread_scratch(slots + x_floats + call_.threads * thread_floats);
-    if (scratch == nullptr) return MASKPRO_NO_MEMORY;
+    const int64_t share_floats = Shares::floats(call_.threads);
+    float* memory = thread_scratch(share_floats + slots + x_floats + call_.threads * thread_floats);
+    if (memory == nullptr) return MASKPRO_NO_MEMORY;
+    Shares shares(memory, call_.threads, sizes_.blocks, 1);
+    float* scratch = memory + share_floats;
     x_ = scratch;
     bases_ = reinterpret_cast<int32_t*>(scratch + x_floats + call_.threads * thread_floats);
     write_bases<Isa>(call_, slots, bases_);
@@ -129,21 +133,20 @@ class ManyTokens {
       float* sums = scratch + x_floats + thread * thread_floats;
       Entry* entries = reinterpret_cast<Entry*>(sums + sums_floats);
       float* turned = sums + sums_floats + kEntryFloats;
-      const int64_t end = sizes_.blocks * (thread + 1) / threads;
       for (int64_t token = 0; token < call_.tokens; token += kPassTokens) {
         const int64_t rest = call_.tokens - token;
         const int64_t tokens = rest < kPassTokens ? rest : kPassTokens;
         turn_x(token, tokens, thread, threads, turned);
 #pragma omp barrier
-        for (int64_t block = sizes_.blocks * thread / threads; block < end; block += kGroupBlocks) {
-          const int64_t group_end = block + kGroupBlocks < end ? block + kGroupBlocks : end;
-          multiply(block, group_end, tokens, entries, sums);
-          for (int64_t b = block; b < group_end; ++b) {
+        for (int64_t block, end; shares.take(thread, kGroupBlocks, &block, &end);) {
+          multiply(block, end, tokens, entries, sums);
+          for (int64_t b = block; b < end; ++b) {
             store_block(b, token, tokens, sums + (b - block) * kBlockRows * sums_stride_);
           }
         }
         if (rest > kPassTokens) {
 #pragma omp barrier
+          shares.deal_again(thread, threads);
         }
       }
     }
