@@ -43,6 +43,7 @@ template <class Weight, int kN>
 class DecodeOfFour {
  public:
   static constexpr int64_t kFewTokens = kN == 2 ? 0 : sizeof(Weight) == 1 ? 8 : 6;
+  static constexpr bool kInPlace = false;
 
   explicit DecodeOfFour(const NMLinear&) {}
 
@@ -79,6 +80,7 @@ template <class Weight, int kN, int kM>
 class DecodeEven {
  public:
   static constexpr int64_t kFewTokens = (kM == 8 && kN > 2 ? 3 : 6) + (sizeof(Weight) == 1 ? 2 : 0);
+  static constexpr bool kInPlace = false;
 
   explicit DecodeEven(const NMLinear& call) : groups_(call.in_features / kM) {}
 
@@ -141,6 +143,7 @@ template <class Weight, int kBits>
 class DecodeAny {
  public:
   static constexpr int64_t kFewTokens = 16;
+  static constexpr bool kInPlace = false;
 
   explicit DecodeAny(const NMLinear& call)
       : n_(call.n), m_(call.m), step_groups_(kTileSteps / call.m), groups_(call.in_features / call.m) {}
@@ -214,6 +217,7 @@ template <class Weight>
 class DecodeThreeOfFour {
  public:
   static constexpr int64_t kFewTokens = sizeof(Weight) == 1 ? 4 : 1;
+  static constexpr bool kInPlace = false;
 
   explicit DecodeThreeOfFour(const NMLinear& call) : any_(call), groups_(call.in_features / 4) {}
 
@@ -280,7 +284,24 @@ class DecodeDense {
  public:
   static constexpr int64_t kFewTokens = 0;
 
+  static constexpr bool kInPlace = sizeof(Weight) == 2;
+
   explicit DecodeDense(const NMLinear& call) : pairs_((call.in_features + 15) / 16 * 8) {}
+
+  // Where the step's tile lies: in the weight itself, but for half a tile at its end.
+  template <bool kPrefetch>
+  [[gnu::always_inline]] const uint8_t* tile(const uint8_t* block, int64_t step, uint8_t* spare) const {
+    if (pairs_ - step * 16 < 16) {
+      (*this)(block, step, spare);
+      return spare;
+    }
+    const uint8_t* place = block + step * kWeightTileBytes;
+    if constexpr (kPrefetch) {
+#pragma GCC unroll 16
+      for (int row = 0; row < 16; ++row) __builtin_prefetch(place + kNearBytes + row * kTileRowBytes);
+    }
+    return place;
+  }
 
   void operator()(const uint8_t* block, int64_t step, uint8_t* tile) const {
     const Weight* values = reinterpret_cast<const Weight*>(block) + step * kTileSteps * kBlockRows;

@@ -64,24 +64,33 @@ template <class Decoder, int kBlocks, int kTiles, bool kDecode>
     if constexpr (kBlocks > 1) _tile_loadd(2, sums + sums_stride, kTileRowBytes);
     if constexpr (kBlocks > 1 && kTiles > 1) _tile_loadd(3, sums + sums_stride + kSumsFloats, kTileRowBytes);
   }
-  const int64_t ahead = kDecode ? 1 : 0;  // what was stored just now cannot be read yet
+  const int64_t ahead = kDecode && !Decoder::kInPlace ? 1 : 0;  // what was stored just now cannot be read yet
   for (int64_t s = 0; s < steps + ahead; ++s) {
-    if constexpr (kDecode) {
-      if (s < steps) {
-        between_writes_and_tile_loads();
-        uint8_t* to = decoded + (s & ring_bits) * 2 * kWeightTileBytes;
-        decode(block, first + s, to);
-        if constexpr (kBlocks > 1) decode(block + block_bytes, first + s, to + kWeightTileBytes);
+    const uint8_t* w[2];
+    if constexpr (Decoder::kInPlace) {
+      for (int b = 0; b < kBlocks; ++b) {
+        w[b] = decode.template tile<kDecode>(block + b * block_bytes, first + s, decoded + b * kWeightTileBytes);
       }
-      if (s < ahead) continue;
       between_writes_and_tile_loads();
+    } else {
+      if constexpr (kDecode) {
+        if (s < steps) {
+          between_writes_and_tile_loads();
+          uint8_t* to = decoded + (s & ring_bits) * 2 * kWeightTileBytes;
+          decode(block, first + s, to);
+          if constexpr (kBlocks > 1) decode(block + block_bytes, first + s, to + kWeightTileBytes);
+        }
+        if (s < ahead) continue;
+        between_writes_and_tile_loads();
+      }
+      w[0] = decoded + ((s - ahead) & ring_bits) * 2 * kWeightTileBytes;
+      w[1] = w[0] + kWeightTileBytes;
     }
-    const uint8_t* w = decoded + ((s - ahead) & ring_bits) * 2 * kWeightTileBytes;
     const uint8_t* tokens = x + (s - ahead) * 2 * tile_bytes;
     _tile_loadd(4, tokens, kTileRowBytes);
     if constexpr (kTiles > 1) _tile_loadd(5, tokens + tile_bytes, kTileRowBytes);
-    _tile_loadd(6, w, kTileRowBytes);
-    if constexpr (kBlocks > 1) _tile_loadd(7, w + kWeightTileBytes, kTileRowBytes);
+    _tile_loadd(6, w[0], kTileRowBytes);
+    if constexpr (kBlocks > 1) _tile_loadd(7, w[1], kTileRowBytes);
     _tile_dpbf16ps(0, 4, 6);
     if constexpr (kTiles > 1) _tile_dpbf16ps(1, 5, 6);
     if constexpr (kBlocks > 1) _tile_dpbf16ps(2, 4, 7);

@@ -1,8 +1,8 @@
-"""The output head: read in the checkpoint's dtype, whatever the activations' is.
+"""The output head: read in the checkpoint's dtype, whatever the activations' is, by the kernels of the packed weights.
 
 With float32 activations vLLM widens every dense weight, and a small model then reads about as many bytes for its output
-head as for all its packed linears together. The kernels of the packed weights read a dense one as well. The copy costs
-2 bytes a weight of memory: vLLM's own stays, for the embedding that may be tied to it and for many rows at once.
+head as for all its packed linears together. With bfloat16 ones on AMX the bytes are the same, but oneDNN takes 1.2 to 2
+times as long for up to 32 rows (kernels/bench/output_head.py).
 """
 
 from __future__ import annotations
@@ -13,18 +13,21 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 from vllm.config import get_current_vllm_config
-from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
 
 from maskpro_kernels.interleaved import DENSE, interleave_dense
 from maskpro_kernels.support import select_backend
 
 _HALVES = (torch.bfloat16, torch.float16)
-_MOST_TOKENS = 32
+_MOST_FLOAT32_ROWS = 32
 """Beyond these many rows torch's float32 product is faster: arithmetic bounds it, not the bytes of the weight."""
 
 
 class HeadMethod(UnquantizedEmbeddingMethod):
-    """An output head of 16-bit weights under float32 activations on the CPU; anything else is vLLM's own.
+    """An output head on the CPU: of 16-bit weights under float32 activations, up to 32 rows, and of bfloat16 on AMX.
+
+    Anything else is vLLM's own. Under float32 the copy costs 2 bytes a weight of memory: vLLM's own stays for many rows
+    at once. On AMX it takes the place of oneDNN's, and of the weight if no embedding is tied to it.
 
     Args:
         stored: dtype of the checkpoint's weights, if it is known.
@@ -34,28 +37,48 @@ class HeadMethod(UnquantizedEmbeddingMethod):
         super().__init__()
         self._stored = stored
 
+    def tie_weights(self, layer: Any, embed_tokens: VocabParallelEmbedding) -> Any:
+        layer.maskpro_tied = True
+        return super().tie_weights(layer, embed_tokens)
+
     def process_weights_after_loading(self, layer: Any) -> None:
-        super().process_weights_after_loading(layer)
-        config = get_current_vllm_config().model_config
         weight = layer.weight.data
-        stored = self._stored
-        if (
-            weight.device.type != "cpu" or config.dtype != torch.float32 or stored is None or stored not in _HALVES
-            or not DENSE.divides(weight.shape[1]) or select_backend(DENSE, config.dtype, stored, "cpu").isa is None
-        ):  # fmt: skip
+        narrow = self._narrowed(weight)
+        if narrow is None:
+            super().process_weights_after_loading(layer)
             return
-        narrow = weight.to(stored)
-        if not torch.equal(narrow.to(weight.dtype), weight):
-            return  # a head of more bits than the model's other weights
         order = interleave_dense(narrow)
         layer.maskpro_head = Parameter(order.data, requires_grad=False)
         layer.maskpro_head_dtype = order.dtype
         layer.maskpro_head_isa = order.isa
+        layer.maskpro_head_shape = weight.shape
+        layer.maskpro_most_rows = None
+        if weight.dtype == torch.float32:
+            layer.maskpro_most_rows = _MOST_FLOAT32_ROWS
+            super().process_weights_after_loading(layer)
+        elif not getattr(layer, "maskpro_tied", False):
+            layer.weight = Parameter(weight.new_empty(0), requires_grad=False)
+
+    def _narrowed(self, weight: Tensor) -> Tensor | None:
+        """The weight in the checkpoint's dtype, or None where vLLM's method is as fast, or is the only one."""
+        stored = self._stored
+        activation = get_current_vllm_config().model_config.dtype
+        if weight.device.type != "cpu" or stored not in _HALVES or not DENSE.divides(weight.shape[1]):
+            return None
+        isa = select_backend(DENSE, activation, stored, "cpu").isa
+        if isa is None or not (
+            activation == torch.float32 or (activation == stored == torch.bfloat16 and isa == "amx-bf16")
+        ):
+            return None
+        narrow = weight.to(stored)
+        # Else a head of more bits than the model's other weights.
+        return narrow if torch.equal(narrow.to(weight.dtype), weight) else None
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        if not hasattr(layer, "maskpro_head") or x.numel() > _MOST_TOKENS * x.shape[-1]:
+        most = getattr(layer, "maskpro_most_rows", 0)
+        if most is not None and x.numel() > most * x.shape[-1]:
             return super().apply(layer, x, bias)
-        rows, columns = layer.weight.shape
+        rows, columns = layer.maskpro_head_shape
         return torch.ops.maskpro.nm_linear_interleaved(
             x, layer.maskpro_head, None, bias, rows, columns, DENSE.n, DENSE.m, layer.maskpro_head_dtype,
             layer.maskpro_head_isa,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -231,6 +234,15 @@ def test_many_tokens_and_threads(isa, tokens, dtype, kept):
     if tokens > 1:  # nor on the other tokens, but for how many there are
         other = torch.cat([torch.randn((1, 2048)).to(dtype), x[1:-1].roll(1, 0), x[-1:]])
         assert torch.equal(run_on_nan(other, weight, None, isa, 2)[-1], outputs[0][-1])
+
+
+def test_fewer_threads_than_asked_for_do_all_of_the_work():
+    """A runtime may grant fewer: nothing is left of the shares of the others, in no pass."""
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{__file__}::test_many_tokens_and_threads"],
+        env={**os.environ, "OMP_THREAD_LIMIT": "2"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import Parameter
 
+from maskpro_kernels import _cpu
 from maskpro_serve.quantization import head
 
 pytestmark = pytest.mark.vllm
@@ -18,9 +19,9 @@ OUT, IN = 80, 64
 
 @pytest.fixture
 def loaded(monkeypatch):
-    """A head after loading, for dtypes of activations and checkpoint."""
+    """A head after loading, for dtypes of activations and checkpoint; maybe tied to an embedding."""
 
-    def load(activation, stored, weight=None):
+    def load(activation, stored, weight=None, tied=False):
         model = SimpleNamespace(dtype=activation)
         monkeypatch.setattr(head, "get_current_vllm_config", lambda: SimpleNamespace(model_config=model))
         if weight is None:
@@ -28,6 +29,10 @@ def loaded(monkeypatch):
         layer = torch.nn.Module()
         layer.weight = Parameter(weight, requires_grad=False)
         method = head.HeadMethod(stored)
+        if tied:
+            embedding = torch.nn.Module()
+            embedding.weight = layer.weight
+            layer = method.tie_weights(layer, embedding)
         method.process_weights_after_loading(layer)
         return method, layer
 
@@ -36,7 +41,7 @@ def loaded(monkeypatch):
 
 @pytest.mark.parametrize(
     ("activation", "stored", "most"),
-    [(F32, BF16, 32), (F32, F16, 32), (F32, F32, 0), (F16, F16, 0), (BF16, F16, 0), (BF16, BF16, 0)],
+    [(F32, BF16, 32), (F32, F16, 32), (F32, F32, 0), (F16, F16, 0), (BF16, F16, 0)],
     ids=str,
 )
 def test_few_rows_are_ours_and_both_give_the_product(loaded, activation, stored, most):
@@ -44,13 +49,33 @@ def test_few_rows_are_ours_and_both_give_the_product(loaded, activation, stored,
     assert hasattr(layer, "maskpro_head") == (most > 0)
     inputs = [torch.randn(rows, IN).to(activation) for rows in (1, 2, 3, 32, 33)]
     for x in inputs:
-        product = x.double() @ layer.weight.double().T
-        found = method.apply(layer, x)
-        assert found.dtype == activation
-        torch.testing.assert_close(found.double(), product, rtol=2**-7 if activation == BF16 else 2**-9, atol=2**-8)
+        check(method.apply(layer, x), x, layer.weight)
     if most:
         layer.maskpro_head.data.zero_()  # now our kernel's answer shows
         assert [len(x) for x in inputs if not method.apply(layer, x).any()] == [1, 2, 3, most]
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_bfloat16_activations_are_ours_where_there_is_amx(loaded, tied):
+    weight = torch.randn(OUT, IN).bfloat16()
+    method, layer = loaded(BF16, BF16, weight, tied=tied)
+    amx = "amx-bf16" in _cpu.available_isas()
+    assert hasattr(layer, "maskpro_head") == amx
+    assert layer.weight.numel() == (0 if amx and not tied else weight.numel())
+    bias = torch.randn(OUT).bfloat16()
+    for rows in (1, 2, 32, 33, 300):
+        x = torch.randn(rows, IN).bfloat16()
+        check(method.apply(layer, x), x, weight)
+        check(method.apply(layer, x, bias), x, weight, bias)
+    if amx:
+        layer.maskpro_head.data.zero_()
+        assert not any(method.apply(layer, torch.randn(rows, IN).bfloat16()).any() for rows in (1, 33, 300))
+
+
+def check(found, x, weight, bias=None):
+    product = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    assert found.dtype == x.dtype
+    torch.testing.assert_close(found.double(), product, rtol=2**-7 if x.dtype == BF16 else 2**-9, atol=2**-8)
 
 
 def test_a_head_of_more_bits_than_the_checkpoint_says_stays_whole(loaded):
