@@ -1,8 +1,9 @@
 // Expands a packed weight to tiles of bfloat16, [16 pairs of columns][16 rows][2]: AMX has no product that skips zeros.
 //
 // A decoder writes the tile of one step, the 32 columns from 32 * step on, of a block of rows. Columns past the
-// weight's last are zeros. Up to its kFewTokens, measured, vectors are faster than tiles; mostly for more of them where
-// values are int8, which take longer to expand than to read.
+// weight's last are zeros. One that is kInPlace says where a tile lies, and writes only what is none. Up to its
+// kFewTokens, measured, vectors are faster than tiles; mostly for more of them where values are int8, which take longer to
+// expand than to read.
 #ifndef MASKPRO_AMX_DECODE_H_
 #define MASKPRO_AMX_DECODE_H_
 
@@ -283,14 +284,13 @@ template <class Weight>
 class DecodeDense {
  public:
   static constexpr int64_t kFewTokens = 0;
-
   static constexpr bool kInPlace = sizeof(Weight) == 2;
 
   explicit DecodeDense(const NMLinear& call) : pairs_((call.in_features + 15) / 16 * 8) {}
 
   // Where the step's tile lies: in the weight itself, but for half a tile at its end.
   template <bool kPrefetch>
-  [[gnu::always_inline]] const uint8_t* tile(const uint8_t* block, int64_t step, uint8_t* spare) const {
+  [[gnu::always_inline]] const uint8_t* find(const uint8_t* block, int64_t step, uint8_t* spare) const {
     if (pairs_ - step * 16 < 16) {
       (*this)(block, step, spare);
       return spare;

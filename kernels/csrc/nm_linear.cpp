@@ -20,10 +20,10 @@
 // A result does not depend on the number of threads, nor on the other tokens of the call but for how many they are: few
 // and many tokens are summed in different orders, and on AMX few may be multiplied as integers.
 //
-// Structure: interleaved.h is the order of the weight; nm_linear_few.h and nm_linear_many.h cut the work into blocks and
-// threads for few and for many tokens, nm_linear_pairs.h is the innermost loop of pairs; nm_linear_amx.h does
-// both with tiles, nm_linear_amx_int8.h few tokens of 2:4 int8. vector_<isa>.h has the instructions, nm_linear_<isa>.cpp
-// is the instantiation under that ISA's flags.
+// Structure: interleaved.h is the order of the weight; nm_linear_few.h and nm_linear_many.h cut the work into blocks for
+// few and for many tokens, nm_linear_pairs.h is the innermost loop of pairs; nm_linear_amx.h does both with tiles,
+// nm_linear_amx_int8.h few tokens of 2:4 int8. shares.h gives blocks to threads. vector_<isa>.h has the instructions,
+// nm_linear_<isa>.cpp is the instantiation under that ISA's flags.
 #include "nm_linear.h"
 
 #include "arguments.h"

@@ -2,14 +2,14 @@
 //
 //   for every kAmxPassTokens tokens                   bounds the working memory
 //     lay the activations out in tiles [pair of tiles of tokens][step of 32 columns][tile], shared by all threads
-//     for every group of pairs of blocks of rows of this thread
+//     for every group of pairs of blocks of rows that this thread takes (shares.h)
 //       for every piece of at most kPieceSteps steps, whose activations stay in L2 throughout the group (all steps at
 //       once for as few tokens as two tiles hold)
 //         for every pair of blocks, for every pair of tiles of tokens: multiply_tiles
 //       scale, add the bias, round, store
 //
 // The first pair of tiles of tokens decodes the weights that it multiplies (amx_decode.h), a step ahead: the units that
-// shuffle and those that multiply tiles work at once.
+// shuffle and those that multiply tiles work at once. Dense bfloat16 is multiplied where it lies.
 #ifndef MASKPRO_NM_LINEAR_AMX_H_
 #define MASKPRO_NM_LINEAR_AMX_H_
 
@@ -45,7 +45,8 @@ constexpr int64_t kSumsFloats = 16 * kBlockRows;  // of a tile of tokens and a b
 // sums[b][t] += x[t] W[b]^T over some steps of kBlocks blocks and kTiles tiles of tokens.
 //
 //   block    the first block of the weight; the next one is block_bytes on
-//   decoded  tiles [kPieceSteps or kRingSteps][2], of step s at s & ring_bits; written if kDecode
+//   decoded  tiles [kPieceSteps or kRingSteps][2], of step s at s & ring_bits; written if kDecode. Of weights in place the
+//            half tiles at the end, written each time; kDecode prefetches
 //   x        tiles [steps][2], each of tile_bytes
 //   sums     [kBlocks][kTiles] tiles, blocks sums_stride floats apart; not read if `fresh`
 template <class Decoder, int kBlocks, int kTiles, bool kDecode>
@@ -69,7 +70,7 @@ template <class Decoder, int kBlocks, int kTiles, bool kDecode>
     const uint8_t* w[2];
     if constexpr (Decoder::kInPlace) {
       for (int b = 0; b < kBlocks; ++b) {
-        w[b] = decode.template tile<kDecode>(block + b * block_bytes, first + s, decoded + b * kWeightTileBytes);
+        w[b] = decode.template find<kDecode>(block + b * block_bytes, first + s, decoded + b * kWeightTileBytes);
       }
       between_writes_and_tile_loads();
     } else {
@@ -114,17 +115,16 @@ class AmxTokens {
         rows_(call.tokens < 16 ? call.tokens : 16),
         tile_bytes_(rows_ * kTileRowBytes),
         piece_(most_ <= 32 ? steps_ : even_piece(steps_)),
+        most_pairs_(most_ <= 32 ? 1 : kGroupPairs),
         ring_bits_(most_ <= 32 ? kRingSteps - 1 : ~int64_t{0}) {}
 
   int32_t operator()() {
     const int64_t x_bytes = pairs(most_) * steps_ * 2 * tile_bytes_;
     const int64_t sums_floats = kGroupPairs * 2 * sums_stride(most_);
     const int64_t thread_floats = kDecodedFloats + sums_floats;
-    const int64_t share_floats = Shares::floats(call_.threads);
-    float* memory = thread_scratch(share_floats + x_bytes / 4 + call_.threads * thread_floats);
-    if (memory == nullptr) return MASKPRO_NO_MEMORY;
-    Shares shares(memory, call_.threads, sizes_.blocks, 2);
-    float* scratch = memory + share_floats;
+    float* scratch = thread_scratch(x_bytes / 4 + call_.threads * thread_floats);
+    if (scratch == nullptr) return MASKPRO_NO_MEMORY;
+    Shares shares(call_.threads, sizes_.blocks, 2);
     x_ = reinterpret_cast<uint8_t*>(scratch);
     const bool alone = most_ <= kSerialTokens;  // faster than threads meet at a barrier
     if (alone) lay_out(0, most_, 0, 1);
@@ -143,7 +143,7 @@ class AmxTokens {
           lay_out(token, tokens, thread, threads);
 #pragma omp barrier
         }
-        for (int64_t block, end; shares.take(thread, kGroupPairs, &block, &end);) {
+        for (int64_t block, end; shares.take(thread, most_pairs_, &block, &end);) {
           multiply(block, end, tokens, reinterpret_cast<uint8_t*>(decoded), sums);
           for (int64_t b = block; b < end; b += 2) {
             store(b, end - b, token, tokens, sums + (b - block) * sums_stride(tokens));
@@ -234,6 +234,7 @@ class AmxTokens {
   const int64_t rows_;   // of a tile of tokens
   const int64_t tile_bytes_;
   const int64_t piece_;  // steps; all of them where no other pair of tiles of tokens needs the decoded weights
+  const int64_t most_pairs_;  // of blocks, that a thread takes at once
   const int64_t ring_bits_;  // the bits of a step's number that say where its decoded weights are
   uint8_t* x_ = nullptr;
 };

@@ -10,7 +10,7 @@
 // exact; putting them together rounds a few times. A token that holds an infinity or a NaN gives NaN.
 //
 //   split every token into digits, tiles [step of 64 columns][digit][token][64], shared by all threads
-//   for every pair of blocks of rows of this thread: multiply_integers
+//   for every pair of blocks of rows that this thread takes (shares.h): multiply_integers
 //     put the digits' sums together, scale, add the bias, round, store
 #ifndef MASKPRO_NM_LINEAR_AMX_INT8_H_
 #define MASKPRO_NM_LINEAR_AMX_INT8_H_
@@ -150,10 +150,9 @@ class AmxIntegers {
         tile_bytes_(kDigits * call.tokens * kTileRowBytes) {}
 
   int32_t operator()() {
-    const int64_t x_floats = steps_ * tile_bytes_ / 4;
-    float* scratch = thread_scratch(x_floats + Shares::floats(call_.threads));
+    float* scratch = thread_scratch(steps_ * tile_bytes_ / 4);
     if (scratch == nullptr) return MASKPRO_NO_MEMORY;
-    Shares shares(scratch + x_floats, call_.threads, sizes_.blocks, 2);
+    Shares shares(call_.threads, sizes_.blocks, 2);
     x_ = reinterpret_cast<uint8_t*>(scratch);
     for (int64_t token = 0; token < call_.tokens; ++token) split(token);  // faster than threads meet at a barrier
 #pragma omp parallel num_threads(call_.threads)

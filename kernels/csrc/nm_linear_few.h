@@ -1,6 +1,6 @@
 // nm_linear for few tokens, bound by the bytes of the weight: a lane is an output, a block of the weight one stream.
 //
-//   for every block of sixteen rows of this thread
+//   for every block of sixteen rows that this thread takes (shares.h)
 //     for every piece of it that stays in L1, for every tile of tokens: multiply_block
 //     scale, add the bias, round, store
 #ifndef MASKPRO_NM_LINEAR_FEW_H_
@@ -84,11 +84,9 @@ class FewTokens {
     const int64_t slots = sizes_.chunks * kSlots;
     const int64_t x_floats = kConvert ? call_.tokens * x_stride() * sizeof(Element) / sizeof(float) : 0;
     const int64_t sums_floats = call_.tokens * kBlockRows;
-    const int64_t share_floats = Shares::floats(call_.threads);
-    float* memory = thread_scratch(share_floats + slots + x_floats + call_.threads * sums_floats);
-    if (memory == nullptr) return MASKPRO_NO_MEMORY;
-    Shares shares(memory, call_.threads, sizes_.blocks, 1);
-    float* scratch = memory + share_floats;
+    float* scratch = thread_scratch(slots + x_floats + call_.threads * sums_floats);
+    if (scratch == nullptr) return MASKPRO_NO_MEMORY;
+    Shares shares(call_.threads, sizes_.blocks, 1);
     int32_t* bases = reinterpret_cast<int32_t*>(scratch);
     write_bases<Isa>(call_, slots, bases);
     const Element* x = convert_x(scratch + slots);

@@ -2,7 +2,7 @@
 //
 //   for every kPassTokens tokens                      bounds the working memory
 //     turn the activations to [column block][tile of tokens][column][token], shared by all threads
-//     for every kGroupBlocks blocks of rows of this thread
+//     for every kGroupBlocks blocks of rows that this thread takes (shares.h)
 //       for every column block, whose activations stay in L2 throughout the group
 //         for every block of rows: decode it (into L1), then for every tile, for every kTileRows rows: sparse_tile
 //       scale, add the bias, round, store
@@ -117,11 +117,9 @@ class ManyTokens {
     const int64_t x_floats = column_blocks_ * tiles(most) * kTileFloats;
     const int64_t sums_floats = kGroupBlocks * kBlockRows * sums_stride_;
     const int64_t thread_floats = sums_floats + kEntryFloats + kTurnFloats;
-    const int64_t share_floats = Shares::floats(call_.threads);
-    float* memory = thread_scratch(share_floats + slots + x_floats + call_.threads * thread_floats);
-    if (memory == nullptr) return MASKPRO_NO_MEMORY;
-    Shares shares(memory, call_.threads, sizes_.blocks, 1);
-    float* scratch = memory + share_floats;
+    float* scratch = thread_scratch(slots + x_floats + call_.threads * thread_floats);
+    if (scratch == nullptr) return MASKPRO_NO_MEMORY;
+    Shares shares(call_.threads, sizes_.blocks, 1);
     x_ = scratch;
     bases_ = reinterpret_cast<int32_t*>(scratch + x_floats + call_.threads * thread_floats);
     write_bases<Isa>(call_, slots, bases_);

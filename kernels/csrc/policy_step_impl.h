@@ -22,6 +22,7 @@
 #include "pair_of_four.h"
 #include "policy_step.h"
 #include "scratch.h"
+#include "shares.h"
 
 namespace maskpro {
 namespace {
@@ -32,6 +33,9 @@ constexpr int kMaxGroup = 16;
 // vector's lanes is for neighbours. And the vectors they are in.
 constexpr int kSharing = 32;
 constexpr int kBatch = kSharing / kLanes;
+
+// What a thread takes at a time, in blocks of kWidth groups: some microseconds.
+constexpr int64_t kUnitBlocks = 32;
 
 // A group size and count known at compile time, or (0, 0) for any.
 template <int kN, int kM>
@@ -462,15 +466,17 @@ int32_t run_pattern(const PolicyStep& call) {
   const int64_t table_floats = PolicyLanes<kN, kM>::table_vectors(call) * kLanes;
   float* tables = thread_scratch(table_floats * call.threads);
   if (tables == nullptr) return MASKPRO_NO_MEMORY;
+  Shares shares(call.threads, blocks, kUnitBlocks);
 #pragma omp parallel num_threads(call.threads)
   {
-    const int64_t threads = omp_get_num_threads();
     const int64_t thread = omp_get_thread_num();
     PolicyLanes<kN, kM> lanes(call, tables + thread * table_floats);
-    for (int64_t block = blocks * thread / threads; block < blocks * (thread + 1) / threads; ++block) {
-      const int64_t group = block * kWidth;
-      const int64_t rest = call.groups - group;
-      lanes.run(group, rest < kWidth ? rest : kWidth);
+    for (int64_t block, end; shares.take(thread, 1, &block, &end);) {
+      for (; block < end; ++block) {
+        const int64_t group = block * kWidth;
+        const int64_t rest = call.groups - group;
+        lanes.run(group, rest < kWidth ? rest : kWidth);
+      }
     }
     if (call.flips != nullptr) {
 #pragma omp atomic

@@ -1,8 +1,8 @@
 """The output head: read in the checkpoint's dtype, whatever the activations' is, by the kernels of the packed weights.
 
 With float32 activations vLLM widens every dense weight, and a small model then reads about as many bytes for its output
-head as for all its packed linears together. With bfloat16 ones on AMX the bytes are the same, but oneDNN takes 1.2 to 2
-times as long for up to 32 rows (kernels/bench/output_head.py).
+head as for all its packed linears together. With bfloat16 ones on AMX the bytes are the same, but oneDNN reads them more
+slowly than ours (docs/results/output_head_amx_bf16.json).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 
 from maskpro_kernels.interleaved import DENSE, interleave_dense
 from maskpro_kernels.support import select_backend
+from maskpro_serve.freed_memory import return_freed_memory
 
 _HALVES = (torch.bfloat16, torch.float16)
 _MOST_FLOAT32_ROWS = 32
@@ -27,11 +28,13 @@ class HeadMethod(UnquantizedEmbeddingMethod):
     """An output head on the CPU: of 16-bit weights under float32 activations, up to 32 rows, and of bfloat16 on AMX.
 
     Anything else is vLLM's own. Under float32 the copy costs 2 bytes a weight of memory: vLLM's own stays for many rows
-    at once. On AMX it takes the place of oneDNN's, and of the weight if no embedding is tied to it.
+    at once. On AMX it takes the place of oneDNN's, and of the weight where nobody else reads that.
 
     Args:
         stored: dtype of the checkpoint's weights, if it is known.
     """
+
+    supports_pre_processed_weights = False  # they are interleaved here, for this CPU
 
     def __init__(self, stored: torch.dtype | None) -> None:
         super().__init__()
@@ -42,41 +45,47 @@ class HeadMethod(UnquantizedEmbeddingMethod):
         return super().tie_weights(layer, embed_tokens)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        weight = layer.weight.data
-        narrow = self._narrowed(weight)
+        if hasattr(layer, "maskpro_head"):
+            return  # vLLM may call this twice
+        narrow = self._narrowed(layer.weight.data)
         if narrow is None:
             super().process_weights_after_loading(layer)
             return
         order = interleave_dense(narrow)
         layer.maskpro_head = Parameter(order.data, requires_grad=False)
+        layer.maskpro_head_shape = order.shape
         layer.maskpro_head_dtype = order.dtype
         layer.maskpro_head_isa = order.isa
-        layer.maskpro_head_shape = weight.shape
-        layer.maskpro_most_rows = None
-        if weight.dtype == torch.float32:
-            layer.maskpro_most_rows = _MOST_FLOAT32_ROWS
+        if layer.weight.dtype == torch.float32:
             super().process_weights_after_loading(layer)
-        elif not getattr(layer, "maskpro_tied", False):
-            layer.weight = Parameter(weight.new_empty(0), requires_grad=False)
+        elif not self._has_other_readers(layer):
+            layer.weight = Parameter(narrow.new_empty(0), requires_grad=False)
+            del narrow
+            return_freed_memory()
 
     def _narrowed(self, weight: Tensor) -> Tensor | None:
         """The weight in the checkpoint's dtype, or None where vLLM's method is as fast, or is the only one."""
-        stored = self._stored
-        activation = get_current_vllm_config().model_config.dtype
+        stored, model = self._stored, get_current_vllm_config().model_config
         if weight.device.type != "cpu" or stored not in _HALVES or not DENSE.divides(weight.shape[1]):
             return None
-        isa = select_backend(DENSE, activation, stored, "cpu").isa
-        if isa is None or not (
-            activation == torch.float32 or (activation == stored == torch.bfloat16 and isa == "amx-bf16")
-        ):
+        if model.head_dtype != model.dtype:
+            return None  # then vLLM multiplies by itself
+        isa = select_backend(DENSE, model.dtype, stored, "cpu").isa
+        tiles = isa == "amx-bf16" and model.dtype == stored == torch.bfloat16
+        if isa is None or not (tiles or model.dtype == torch.float32):
             return None
         narrow = weight.to(stored)
         # Else a head of more bits than the model's other weights.
         return narrow if torch.equal(narrow.to(weight.dtype), weight) else None
 
+    @staticmethod
+    def _has_other_readers(layer: Any) -> bool:
+        """Whether the weight is an embedding's as well, or a draft model's head may be compared with it."""
+        return getattr(layer, "maskpro_tied", False) or get_current_vllm_config().speculative_config is not None
+
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        most = getattr(layer, "maskpro_most_rows", 0)
-        if most is not None and x.numel() > most * x.shape[-1]:
+        many = x.dtype == torch.float32 and x.numel() > _MOST_FLOAT32_ROWS * x.shape[-1]
+        if many or not hasattr(layer, "maskpro_head"):
             return super().apply(layer, x, bias)
         rows, columns = layer.maskpro_head_shape
         return torch.ops.maskpro.nm_linear_interleaved(

@@ -236,10 +236,19 @@ def test_many_tokens_and_threads(isa, tokens, dtype, kept):
         assert torch.equal(run_on_nan(other, weight, None, isa, 2)[-1], outputs[0][-1])
 
 
-def test_fewer_threads_than_asked_for_do_all_of_the_work():
-    """A runtime may grant fewer: nothing is left of the shares of the others, in no pass."""
+def test_fewer_threads_than_asked_for_do_all_of_the_work_once():
+    """A runtime may grant fewer: what was to be the others' is done, in every pass, and nothing of it twice.
+
+    A product that is written twice is the same; logits that are updated twice are not.
+    """
+    tests = (
+        f"{__file__}::test_many_tokens_and_threads",
+        f"{__file__}::test_every_way_to_expand_a_weight",
+        f"{Path(__file__).with_name('test_policy_step.py')}::"
+        "test_threads_keep_to_their_own_groups",
+    )
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{__file__}::test_many_tokens_and_threads"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
         env={**os.environ, "OMP_THREAD_LIMIT": "2"}, capture_output=True, text=True,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout

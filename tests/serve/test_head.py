@@ -21,9 +21,10 @@ OUT, IN = 80, 64
 def loaded(monkeypatch):
     """A head after loading, for dtypes of activations and checkpoint; maybe tied to an embedding."""
 
-    def load(activation, stored, weight=None, tied=False):
-        model = SimpleNamespace(dtype=activation)
-        monkeypatch.setattr(head, "get_current_vllm_config", lambda: SimpleNamespace(model_config=model))
+    def load(activation, stored, weight=None, *, tied=False, head_dtype=None, speculative=None):
+        model = SimpleNamespace(dtype=activation, head_dtype=head_dtype or activation)
+        config = SimpleNamespace(model_config=model, speculative_config=speculative)
+        monkeypatch.setattr(head, "get_current_vllm_config", lambda: config)
         if weight is None:
             weight = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(0)).to(stored).to(activation)
         layer = torch.nn.Module()
@@ -48,22 +49,29 @@ def test_few_rows_are_ours_and_both_give_the_product(loaded, activation, stored,
     method, layer = loaded(activation, stored)
     assert hasattr(layer, "maskpro_head") == (most > 0)
     inputs = [torch.randn(rows, IN).to(activation) for rows in (1, 2, 3, 32, 33)]
-    for x in inputs:
+    none = [torch.empty(0, IN)] if activation == F32 else []  # vLLM's method of 16 bits cannot
+    for x in (*inputs, *none):
         check(method.apply(layer, x), x, layer.weight)
     if most:
         layer.maskpro_head.data.zero_()  # now our kernel's answer shows
         assert [len(x) for x in inputs if not method.apply(layer, x).any()] == [1, 2, 3, most]
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_bfloat16_activations_are_ours_where_there_is_amx(loaded, tied):
+@pytest.mark.parametrize(
+    ("more", "read"),
+    [({}, False), ({"tied": True}, True), ({"speculative": SimpleNamespace()}, True)],
+    ids=["alone", "tied", "draft model"],
+)
+def test_bfloat16_activations_are_ours_where_there_is_amx(loaded, more, read):
+    """What the kernel reads is all that stays, but where somebody else reads the weight."""
     weight = torch.randn(OUT, IN).bfloat16()
-    method, layer = loaded(BF16, BF16, weight, tied=tied)
+    method, layer = loaded(BF16, BF16, weight, **more)
     amx = "amx-bf16" in _cpu.available_isas()
     assert hasattr(layer, "maskpro_head") == amx
-    assert layer.weight.numel() == (0 if amx and not tied else weight.numel())
+    assert layer.weight.numel() == (0 if amx and not read else weight.numel())
+    method.process_weights_after_loading(layer)  # once more changes nothing
     bias = torch.randn(OUT).bfloat16()
-    for rows in (1, 2, 32, 33, 300):
+    for rows in (*([0] if amx else []), 1, 2, 32, 33, 300):
         x = torch.randn(rows, IN).bfloat16()
         check(method.apply(layer, x), x, weight)
         check(method.apply(layer, x, bias), x, weight, bias)
@@ -76,6 +84,16 @@ def check(found, x, weight, bias=None):
     product = x.double() @ weight.double().T + (0 if bias is None else bias.double())
     assert found.dtype == x.dtype
     torch.testing.assert_close(found.double(), product, rtol=2**-7 if x.dtype == BF16 else 2**-9, atol=2**-8)
+
+
+@pytest.mark.parametrize("activation", [F32, BF16], ids=str)
+def test_another_dtype_of_the_head_is_vllms(loaded, activation):
+    """It reads the weight then, and widens it for every product."""
+    method, layer = loaded(activation, BF16, head_dtype=torch.float64)
+    assert not hasattr(layer, "maskpro_head")
+    assert layer.weight.shape == (OUT, IN)
+    x = torch.randn(3, IN).to(activation)
+    check(method.apply(layer, x), x, layer.weight)
 
 
 def test_a_head_of_more_bits_than_the_checkpoint_says_stays_whole(loaded):
