@@ -1,8 +1,8 @@
 """The output head: read in the checkpoint's dtype, whatever the activations' is, by the kernels of the packed weights.
 
 With float32 activations vLLM widens every dense weight, and a small model then reads about as many bytes for its output
-head as for all its packed linears together. With bfloat16 ones on AMX the bytes are the same, but oneDNN reads them more
-slowly than ours (docs/results/output_head_amx_bf16.json).
+head as for all its packed linears together. With bfloat16 ones on AMX the bytes are the same, but oneDNN takes longer
+(docs/results/output_head_amx_bf16.json).
 """
 
 from __future__ import annotations
