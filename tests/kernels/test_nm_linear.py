@@ -244,8 +244,7 @@ def test_fewer_threads_than_asked_for_do_all_of_the_work_once():
     tests = (
         f"{__file__}::test_many_tokens_and_threads",
         f"{__file__}::test_every_way_to_expand_a_weight",
-        f"{Path(__file__).with_name('test_policy_step.py')}::"
-        "test_threads_keep_to_their_own_groups",
+        f"{Path(__file__).with_name('test_policy_step.py')}::test_threads_keep_to_their_own_groups",
     )
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
