@@ -239,13 +239,13 @@ def test_prometheus_has_data_for_every_panel_and_alert(server, prometheus):
 
 
 def test_the_engine_is_killed_under_load(server, prometheus_or_none):
-    load = Load(server.url, 2, 4000, n=SEQUENCES, **AUTHORIZED)
+    endless = Load(server.url, 2, 32000, n=SEQUENCES, **AUTHORIZED)
     busy = "vllm:num_requests_running", "vllm:num_requests_waiting"
     stand_still_when(server, lambda: sum(sample(server.get("/metrics"), name) for name in busy) == 2 * SEQUENCES)
     killed = time.monotonic()
     for process in engine_processes(server):
         process.kill()
-    endings = load.endings()
+    endings = endless.endings()
     assert time.monotonic() - killed < 15
     assert all(ending.error for ending in endings)
     assert {ending.status for ending in endings} == {200, 500}  # streams had begun
