@@ -9,9 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # Before the first import of torch: beside another test process, threads that spin while they wait only take its cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# How long an example takes says more of what else the machine does than of the code.
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 REPOSITORY = Path(__file__).parent.parent
 

@@ -54,7 +54,7 @@ def ending_at_a_guard_page(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     dtypes=st.tuples(st.sampled_from(FLOATS), st.sampled_from(list(CODES)), st.sampled_from(FLOATS)),
     threads=st.integers(1, 2),
 )
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_stays_within_its_buffers(isa, pattern, groups, rows, tokens, dtypes, threads):
     check_stays_within_its_buffers(isa, pattern, groups, rows, tokens, dtypes, threads)
 

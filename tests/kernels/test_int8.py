@@ -16,7 +16,7 @@ from maskpro_kernels import NMPattern, pack, to_int8, unpack
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     seed=st.integers(0, 2**31),
 )
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_a_value_is_off_by_half_a_level_at_most(rows, exponent, dtype, seed):
     generator = torch.Generator().manual_seed(seed)
     dense = torch.randn((rows, 32), generator=generator).double() * 10.0**exponent

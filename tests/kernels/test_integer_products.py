@@ -49,7 +49,7 @@ SHAPES = {
 
 
 @given(**SHAPES, offset=st.integers(-90, 100))
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 def test_sums_are_exact_where_no_activation_is_far_below_the_largest(rows, groups, tokens, seed, offset):
     """The error does not grow with the number of terms: a float32 or two of each digit, and y's own rounding."""
     generator = torch.Generator().manual_seed(seed)
@@ -62,7 +62,7 @@ def test_sums_are_exact_where_no_activation_is_far_below_the_largest(rows, group
 
 
 @given(**SHAPES)
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 def test_what_is_far_below_the_largest_is_rounded_to_a_fraction_of_it(rows, groups, tokens, seed):
     generator = torch.Generator().manual_seed(seed)
     weight = levels(torch.randint(-127, 128, (rows, 4 * groups), generator=generator))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -28,7 +28,6 @@ def random_mask(pattern: NMPattern, rows: int, groups: int, seed: int = 0) -> to
 
 
 @given(st.integers(1, 4), st.integers(1, 7), st.integers(1, 7), st.integers(0, 2**31))
-@settings(deadline=None)
 def test_states_round_trip(n, rows, groups, seed):
     pattern = NMPattern(n, 4)
     mask = random_mask(pattern, rows, groups, seed)

@@ -85,7 +85,7 @@ def run_on_nan(x: torch.Tensor, weight: NMWeight, bias: torch.Tensor | None, isa
     threads=st.integers(1, 5),
     seed=st.integers(0, 2**31),
 )
-@settings(deadline=None, max_examples=120)
+@settings(max_examples=120)
 def test_equals_the_oracle(isa, pattern, groups, rows, tokens, dtypes, with_bias, scaled, threads, seed):
     if isa not in _cpu.available_isas():
         pytest.skip(f"this machine has no {isa}")

@@ -26,7 +26,7 @@ def random_mask(rows: int, groups: int, pattern: NMPattern, seed: int) -> torch.
 
 
 @given(PATTERNS, st.integers(1, 5), st.integers(1, 9), DTYPES, st.integers(0, 2**31))
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_unpack_restores_kept_weights_bit_for_bit(pattern, rows, groups, dtype, seed):
     # Random bit patterns, so that NaN payloads, infinities and -0.0 are among the kept weights.
     generator = torch.Generator().manual_seed(seed)
@@ -43,7 +43,7 @@ def test_unpack_restores_kept_weights_bit_for_bit(pattern, rows, groups, dtype, 
 
 
 @given(PATTERNS, st.integers(0, 2**31))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_permuting_groups_permutes_the_packed_groups(pattern, seed):
     generator = torch.Generator().manual_seed(seed)
     dense = torch.randn((3, 6, pattern.m), generator=generator)
@@ -54,7 +54,6 @@ def test_permuting_groups_permutes_the_packed_groups(pattern, seed):
 
 
 @given(st.integers(1, 4), st.integers(1, 40), st.integers(0, 2**31))
-@settings(deadline=None)
 def test_bits_round_trip_at_any_width(rows, columns, seed):
     mask = torch.rand((rows, columns), generator=torch.Generator().manual_seed(seed)) < 0.5
     packed = pack_bits(mask)
@@ -146,7 +145,6 @@ def test_every_flipped_bit_is_found(pattern, columns):
 
 
 @given(PATTERNS, st.integers(1, 3), st.integers(1, 9), DTYPES, st.sampled_from([0x00, 0x01, 0x80, 0xFF]))
-@settings(deadline=None)
 def test_a_wrong_bitmask_reaches_no_memory_of_others(pattern, rows, groups, dtype, byte):
     """Which the sanitizers see: whatever the bits say, as many values as the pattern has are made."""
     dense = torch.arange(rows, dtype=dtype).unsqueeze(1).repeat(1, groups * pattern.m)

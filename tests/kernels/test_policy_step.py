@@ -93,7 +93,7 @@ def test_two_of_four_are_drawn_by_one_word_from_the_masks_probabilities(isa):
     draws=st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=3),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_update_adds_the_score_of_each_draw(isa, pattern, shape, scale, seed, draws, dtype):
     if isa not in _cpu.available_isas():
         pytest.skip(f"this machine has no {isa}")
@@ -117,7 +117,7 @@ def test_update_adds_the_score_of_each_draw(isa, pattern, shape, scale, seed, dr
 
 @pytest.mark.parametrize("isa", ISAS)
 @given(pattern=PATTERNS, groups=st.integers(1, 40), count=st.integers(2, 16), seed=st.integers(0, 2**32))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_gains_weigh_each_group_by_what_its_draw_gains_over_the_others(isa, pattern, groups, count, seed):
     if isa not in _cpu.available_isas():
         pytest.skip(f"this machine has no {isa}")
@@ -163,7 +163,7 @@ def test_large_groups(n, m):
 
 
 @given(pattern=PATTERNS, rows=st.integers(1, 9), groups=st.integers(1, 60), seed=st.integers(0, 2**32))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_every_instruction_set_and_number_of_threads_gives_the_same_bits(pattern, rows, groups, seed):
     logits = 6 * torch.randn(rows, groups * pattern.m)
     arguments = {"updates": [(0.3, 5), (-2.0, 6)], "draw": 11, "seed": seed, "stream": 3}

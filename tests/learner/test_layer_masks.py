@@ -39,7 +39,7 @@ def error(x: Tensor, w: Tensor, pruned: Tensor) -> float:
     return float((x @ (w - pruned).T).double().square().sum())
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.sampled_from(PATTERNS), st.integers(1, 3), st.integers(1, 3), st.integers(0, 10**6))
 def test_wanda_is_the_best_of_all_masks_by_its_score(text: str, rows: int, groups: int, seed: int) -> None:
     pattern = NMPattern.parse(text)

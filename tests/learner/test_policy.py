@@ -70,7 +70,7 @@ def test_score_equals_finite_differences(n, m):
 
 
 @given(st.integers(2, 16).flatmap(lambda m: st.tuples(st.integers(1, m), st.just(m))), st.integers(0, 2**31))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_score_is_the_gradient_and_its_mean_is_zero(pattern, seed):
     n, m = pattern
     generator = torch.Generator().manual_seed(seed)
