@@ -19,6 +19,7 @@ _GIB = 1 << 30
 SMALL_MACHINE = 4
 """Cores up to which all are bound; on more, vLLM's own choice (one node, one thread a core, one core kept) is right."""
 _PARALLEL = ("--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp", "--data-parallel-size", "-dp")
+_EXECUTOR = "maskpro_serve.executor.OneProcessExecutor"
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -109,6 +110,10 @@ def choose(
     if len(cores) <= SMALL_MACHINE and not any(names_flag(arguments, flag) for flag in _PARALLEL):
         binding = ",".join(map(str, cores))
         default_environment("VLLM_CPU_OMP_THREADS_BIND", binding, "every core; vLLM would keep one for itself")
+        if not names_flag(arguments, "--distributed-executor-backend"):
+            extra += ["--distributed-executor-backend", _EXECUTOR]
+            reasons.append(f"--distributed-executor-backend {_EXECUTOR}  (one process less: its memory, its start)")
+            default_environment("KMP_BLOCKTIME", "5", "ms that idle threads spin, as in vLLM's worker process")
     if not names_flag(arguments, "--kv-cache-memory-bytes"):
         default_environment(
             "VLLM_CPU_KVCACHE_SPACE", str(kv_cache_gib(available_bytes)), "GiB, a quarter of what is free"

@@ -124,7 +124,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     flags = become_configured(["--dtype", options.dtype] if options.dtype else [])
-    dtype = options.dtype or (flags[flags.index("--dtype") + 1] if "--dtype" in flags else "auto")
+    chosen = dict(zip(flags[::2], flags[1::2], strict=True))
+    dtype = options.dtype or chosen.get("--dtype", "auto")
 
     clock = Clock()
     from vllm import LLM, SamplingParams
@@ -135,6 +136,7 @@ def main() -> None:
     engine = LLM(
         options.model, dtype=dtype, max_model_len=1024, max_num_seqs=options.sequences, enforce_eager=options.eager,
         compilation_config=options.compilation_config, enable_prefix_caching=False, disable_log_stats=True,
+        distributed_executor_backend=chosen.get("--distributed-executor-backend"),
     )  # fmt: skip
     sampling = SamplingParams(temperature=0, max_tokens=options.tokens, ignore_eos=True)
     prompts = ["The history of the lighthouse begins"] * options.sequences

@@ -16,7 +16,7 @@ extern "C" {
 #endif
 
 // Raised with every incompatible change of this header; the Python loader checks it.
-#define MASKPRO_ABI_VERSION 7
+#define MASKPRO_ABI_VERSION 8
 
 enum maskpro_dtype { MASKPRO_F32 = 0, MASKPRO_BF16 = 1, MASKPRO_F16 = 2, MASKPRO_I8 = 3 };
 
@@ -38,6 +38,11 @@ MASKPRO_API int32_t maskpro_isa_available(int32_t isa);
 
 // The available one whose kernels are fastest on this machine.
 MASKPRO_API int32_t maskpro_fastest_isa(void);
+
+// Binds the calling thread to the first of `cores` (numbers as in /proc/cpuinfo) and the OpenMP threads that work for it to
+// the others, one each, until they end: where two share a core, every call takes twice its time. Linux only.
+// MASKPRO_BAD_ARGUMENT if there is no such core for this process, or no such thread; those before it may be bound.
+MASKPRO_API int32_t maskpro_bind_threads(const int32_t* cores, int32_t threads);
 
 // Picks out a weight's kept values, in column order. No threads: the caller packs several parts of a weight at once.
 //

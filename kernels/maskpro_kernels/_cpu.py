@@ -17,7 +17,7 @@ from torch import Tensor
 
 from maskpro_kernels.errors import NativeLibraryError
 
-ABI_VERSION = 7
+ABI_VERSION = 8
 LIBRARY_NAME = "libmaskpro_kernels.so"
 
 ISA_CODES = {"portable": 0, "avx2": 1, "avx512": 2, "avx512-bf16": 3, "amx-bf16": 4}
@@ -94,6 +94,8 @@ def library() -> ctypes.CDLL:
     lib.maskpro_isa_available.restype = i32
     lib.maskpro_fastest_isa.argtypes = []
     lib.maskpro_fastest_isa.restype = i32
+    lib.maskpro_bind_threads.argtypes = [pointer, i32]
+    lib.maskpro_bind_threads.restype = i32
     lib.maskpro_kept_values.argtypes = [pointer] * 3 + [i64, i64] + [i32] * 3
     lib.maskpro_kept_values.restype = i32
     lib.maskpro_interleaved_bytes.argtypes = [i64, i64, i32, i32, i32]
@@ -126,6 +128,19 @@ def available_isas() -> tuple[str, ...]:
     codes = sorted(ISA_CODES.values(), key=lambda code: (code == fastest, code), reverse=True)
     names = {code: isa for isa, code in ISA_CODES.items()}
     return tuple(names[code] for code in codes if lib.maskpro_isa_available(code))
+
+
+def bind_threads(cores: Sequence[int]) -> bool:
+    """Binds the calling thread and its OpenMP threads to one core each.
+
+    Args:
+        cores: at least one.
+
+    Returns:
+        Whether all are bound.
+    """
+    bound: bool = library().maskpro_bind_threads((ctypes.c_int32 * len(cores))(*cores), len(cores)) == 0
+    return bound
 
 
 def kept_values(dense: Tensor, bitmask: Tensor, n: int, m: int) -> Tensor:

@@ -119,24 +119,27 @@ def test_cpu_defaults_yield_to_the_user():
     chosen = choose([], {}, **machine)
     assert chosen.environment == {
         "VLLM_CPU_OMP_THREADS_BIND": "0,1",
+        "KMP_BLOCKTIME": "5",
         "VLLM_CPU_KVCACHE_SPACE": "5",
         "VLLM_USE_AOT_COMPILE": "0",
         "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
     }
-    assert chosen.flags == ["--dtype", "float32"]
-    assert len(chosen.reasons) == 5
-    user = ["--dtype=bfloat16", "--kv_cache_memory_bytes", "1G"]
+    executor = ["--distributed-executor-backend", "maskpro_serve.executor.OneProcessExecutor"]
+    assert chosen.flags == [*executor, "--dtype", "float32"]
+    assert len(chosen.reasons) == 7
+    user = ["--dtype=bfloat16", "--kv_cache_memory_bytes", "1G", "--distributed_executor_backend=mp"]
     theirs = {"VLLM_CPU_OMP_THREADS_BIND": "0", "VLLM_USE_AOT_COMPILE": "1", "GLIBC_TUNABLES": "glibc.malloc.check=1"}
     chosen = choose(user, theirs, **machine)
     assert (chosen.environment, chosen.flags) == ({}, [])
-    assert choose([], {}, **machine | {"flags": frozenset({"amx_bf16"})}).flags == []
+    assert choose([], {}, **machine | {"flags": frozenset({"amx_bf16"})}).flags == executor
 
 
 @pytest.mark.parametrize("flag", ["-pp", "--data-parallel-size", "--tensor_parallel_size"])
 def test_threads_are_left_to_vllm_where_they_are_shared(flag):
     machine = {"flags": frozenset(), "available_bytes": 20 << 30, "libraries": []}
-    assert "VLLM_CPU_OMP_THREADS_BIND" not in choose([flag, "2"], {}, cores=[0, 1], **machine).environment
-    assert "VLLM_CPU_OMP_THREADS_BIND" not in choose([], {}, cores=range(64), **machine).environment
+    for chosen in choose([flag, "2"], {}, cores=[0, 1], **machine), choose([], {}, cores=range(64), **machine):
+        assert "VLLM_CPU_OMP_THREADS_BIND" not in chosen.environment
+        assert "--distributed-executor-backend" not in chosen.flags
 
 
 def test_defaults_respect_a_container(tmp_path):

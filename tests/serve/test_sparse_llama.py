@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -11,13 +12,16 @@ from pathlib import Path
 
 import jsonschema
 import openai
+import psutil
 import pytest
 import torch
+from operated import engine_processes
 from server import Server
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from maskpro_kernels import NMWeight, unpack
 from maskpro_serve import load_packed
+from maskpro_serve.cpu_defaults import SMALL_MACHINE
 from maskpro_serve.models import DEFAULT_MASK, DEFAULT_RECOVERY, ModelBuildError, build_alias, resolve_model
 
 pytestmark = pytest.mark.timeout(900)
@@ -150,6 +154,18 @@ def test_serves_openai_clients(server, client, continued):
     assert "210 on cpu-" in log
     assert "0.5625 of their dense bytes" in log
     assert continued(prompt) == whole
+
+
+@pytest.mark.vllm
+def test_a_small_machine_has_one_engine_process_and_its_threads_a_core_each(server):
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) > SMALL_MACHINE:
+        pytest.skip("vLLM's own choice of processes and cores on a machine of this size")
+    (engine,) = engine_processes(server)
+    assert "Worker" not in "".join(child.name() for child in psutil.Process(server.pid).children(recursive=True))
+    places = [os.sched_getaffinity(thread.id) for thread in engine.threads()]
+    assert os.sched_getaffinity(engine.pid) == {cores[0]}
+    assert all({core} in places for core in cores)
 
 
 @pytest.mark.vllm
