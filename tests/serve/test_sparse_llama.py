@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from maskpro_kernels import NMWeight, unpack
 from maskpro_serve import load_packed
-from maskpro_serve.cpu_defaults import SMALL_MACHINE
+from maskpro_serve.cpu_defaults import SMALL_MACHINE, container_cores
 from maskpro_serve.models import DEFAULT_MASK, DEFAULT_RECOVERY, ModelBuildError, build_alias, resolve_model
 
 pytestmark = pytest.mark.timeout(900)
@@ -158,7 +158,7 @@ def test_serves_openai_clients(server, client, continued):
 
 @pytest.mark.vllm
 def test_a_small_machine_has_one_engine_process_and_its_threads_a_core_each(server):
-    cores = sorted(os.sched_getaffinity(0))
+    cores = container_cores(sorted(os.sched_getaffinity(0)))
     if len(cores) > SMALL_MACHINE:
         pytest.skip("vLLM's own choice of processes and cores on a machine of this size")
     (engine,) = engine_processes(server)
