@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from maskpro_serve.arguments import flag_value, names_flag
+from maskpro_serve.arguments import flag_value, names_flag, with_config
 from maskpro_serve.plugin import check_vllm_version
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -72,8 +72,9 @@ def _serve(model: str, arguments: list[str]) -> int:
     from maskpro_serve.models import ALIASES, resolve_model
     from maskpro_serve.served import check_served
 
+    given = with_config(arguments)
     if _runs_on_cpu():
-        _refuse_eager_pipeline(arguments)
+        _refuse_eager_pipeline(given)
     folder = resolve_model(model)
     if Path(folder).is_dir():
         packed = check_served(Path(folder), contents=True)
@@ -85,13 +86,13 @@ def _serve(model: str, arguments: list[str]) -> int:
         hint = f"; did you mean {near[0]}?" if near else ""
         raise CheckpointError(f"{folder}: no such folder, alias ({', '.join(ALIASES)}) or hub id{hint}")
     serve = [folder]
-    if model in ALIASES and not names_flag(arguments, "--served-model-name"):
+    if model in ALIASES and not names_flag(given, "--served-model-name"):
         serve += ["--served-model-name", model]
     environment: dict[str, str] = {}
     if _runs_on_cpu():
         from maskpro_serve.cpu_defaults import choose_here
 
-        defaults = choose_here(arguments)
+        defaults = choose_here(given)
         environment = defaults.environment
         serve += defaults.flags
         for reason in defaults.reasons:

@@ -298,7 +298,7 @@ class DecodeDense {
     const uint8_t* place = block + step * kWeightTileBytes;
     if constexpr (kPrefetch) {
 #pragma GCC unroll 16
-      for (int row = 0; row < 16; ++row) __builtin_prefetch(place + kNearBytes + row * kTileRowBytes);
+      for (int row = 0; row < 16; ++row) prefetch(reinterpret_cast<const Weight*>(place), 2 * row, kNearBytes);
     }
     return place;
   }

@@ -114,9 +114,10 @@ class AmxTokens {
         most_(call.tokens < kAmxPassTokens ? call.tokens : kAmxPassTokens),
         rows_(call.tokens < 16 ? call.tokens : 16),
         tile_bytes_(rows_ * kTileRowBytes),
-        piece_(most_ <= 32 ? steps_ : even_piece(steps_)),
-        most_pairs_(most_ <= 32 ? 1 : kGroupPairs),
-        ring_bits_(most_ <= 32 ? kRingSteps - 1 : ~int64_t{0}) {}
+        used_once_(most_ <= 32),
+        piece_(used_once_ ? steps_ : even_piece(steps_)),
+        most_pairs_(used_once_ ? 1 : kGroupPairs),
+        ring_bits_(used_once_ ? kRingSteps - 1 : ~int64_t{0}) {}
 
   int32_t operator()() {
     const int64_t x_bytes = pairs(most_) * steps_ * 2 * tile_bytes_;
@@ -233,7 +234,8 @@ class AmxTokens {
   const int64_t most_;   // tokens of a pass
   const int64_t rows_;   // of a tile of tokens
   const int64_t tile_bytes_;
-  const int64_t piece_;  // steps; all of them where no other pair of tiles of tokens needs the decoded weights
+  const bool used_once_;  // decoded weights: all tokens are one pair of tiles
+  const int64_t piece_;   // steps that stay decoded
   const int64_t most_pairs_;  // of blocks, that a thread takes at once
   const int64_t ring_bits_;  // the bits of a step's number that say where its decoded weights are
   uint8_t* x_ = nullptr;

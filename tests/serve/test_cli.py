@@ -9,7 +9,7 @@ import pytest
 from processes import run_python
 
 from maskpro_serve import plugin
-from maskpro_serve.arguments import flag_value, names_flag
+from maskpro_serve.arguments import flag_value, names_flag, with_config
 from maskpro_serve.cli import main
 from maskpro_serve.cpu_defaults import available_memory, choose, container_cores
 
@@ -160,3 +160,23 @@ def test_flags_are_known_in_every_spelling():
     for arguments in (["-pp", "2"], ["--pipeline-parallel-size=2"], ["x", "--pipeline_parallel_size", "2", "-tp", "4"]):
         assert flag_value(arguments, "--pipeline-parallel-size", "-pp") == "2"
     assert flag_value(["-tp", "2"], "--pipeline-parallel-size", "-pp") is None
+
+
+def test_a_config_file_is_asked_as_well(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("tensor-parallel-size: 2\ndtype: bfloat16\nenforce-eager: true\nenable-prefix-caching: false\n")
+    given = with_config(["--config", str(config), "--dtype", "float32"])
+    assert flag_value(given, "--tensor-parallel-size", "-tp") == "2"
+    assert flag_value(given, "--dtype") == "float32"
+    assert names_flag(given, "--enforce-eager")
+    assert not names_flag(given, "--enable-prefix-caching")
+    assert with_config(["--dtype", "auto"]) == ["--dtype", "auto"]
+
+
+@pytest.mark.parametrize("text", ["- 1", "a: [", "", None])
+def test_a_config_file_that_is_none(tmp_path, tiny, capsys, text):
+    config = tmp_path / "config.yaml"
+    if text is not None:
+        config.write_text(text)
+    assert main(["--model", str(tiny["packed"]), "--config", str(config)]) == 2
+    assert str(config) in one_sentence(capsys.readouterr(), "maskpro-serve")
