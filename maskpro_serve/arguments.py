@@ -28,7 +28,7 @@ def with_config(arguments: Sequence[str]) -> list[str]:
         OSError: the file cannot be read.
         ValueError: it is no YAML mapping.
     """
-    path = flag_value(arguments, "--config")
+    path = flag_value(arguments, "--config") if "--config" in arguments else None  # vLLM reads no `--config=FILE`
     if path is None:
         return list(arguments)
     import yaml
@@ -39,4 +39,6 @@ def with_config(arguments: Sequence[str]) -> list[str]:
         raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path}: expected a mapping of vLLM's flags, found {type(settings).__name__}")
-    return [*(f"--{flag}={value}" for flag, value in settings.items() if value is not False), *arguments]
+    flags = {str(flag).replace("_", "-"): value for flag, value in settings.items() if value is not False}
+    given = [f"--{flag}={value}" for flag, value in flags.items() if not names_flag(arguments, f"--no-{flag}")]
+    return [*given, *arguments]

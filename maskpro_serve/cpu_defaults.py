@@ -13,12 +13,12 @@ from pathlib import Path
 
 import psutil
 
-from maskpro_serve.arguments import names_flag
+from maskpro_serve.arguments import flag_value, names_flag
 
 _GIB = 1 << 30
 SMALL_MACHINE = 4
 """Cores up to which all are bound; on more, vLLM's own choice (one node, one thread a core, one core kept) is right."""
-_PARALLEL = ("--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp", "--data-parallel-size", "-dp")
+_PARALLEL = (("--tensor-parallel-size", "-tp"), ("--pipeline-parallel-size", "-pp"), ("--data-parallel-size", "-dp"))
 _EXECUTOR = "maskpro_serve.executor.OneProcessExecutor"
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -107,13 +107,17 @@ def choose(
             chosen[name] = value
             reasons.append(f"{name}={value}  ({reason})")
 
-    if len(cores) <= SMALL_MACHINE and not any(names_flag(arguments, flag) for flag in _PARALLEL):
+    preloaded = environment.get("LD_PRELOAD") or ":".join(map(str, libraries))
+    if len(cores) <= SMALL_MACHINE and all(flag_value(arguments, *names) in (None, "1") for names in _PARALLEL):
         binding = ",".join(map(str, cores))
         default_environment("VLLM_CPU_OMP_THREADS_BIND", binding, "every core; vLLM would keep one for itself")
-        if not names_flag(arguments, "--distributed-executor-backend"):
+        # GNU's OpenMP ends threads that a smaller team does not need; those it starts later would all be on one core.
+        binds = "VLLM_CPU_OMP_THREADS_BIND" in chosen and "libiomp" in preloaded
+        if binds and not names_flag(arguments, "--distributed-executor-backend"):
             extra += ["--distributed-executor-backend", _EXECUTOR]
             reasons.append(f"--distributed-executor-backend {_EXECUTOR}  (one process less: its memory, its start)")
             default_environment("KMP_BLOCKTIME", "5", "ms that idle threads spin, as in vLLM's worker process")
+            default_environment("KMP_TPAUSE", "0", "idle threads stay awake, as there")
     if not names_flag(arguments, "--kv-cache-memory-bytes"):
         default_environment(
             "VLLM_CPU_KVCACHE_SPACE", str(kv_cache_gib(available_bytes)), "GiB, a quarter of what is free"

@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
         0 if a signal asked it to stop, 1 if it stopped by itself: the engine has died. 2: a variable is wrong.
     """
     with tempfile.TemporaryDirectory(prefix="maskpro-metrics-") as folder:
-        # Layers load in worker processes; prometheus-client carries their metrics to /metrics through this
+        # Layers load in other processes; prometheus-client carries their metrics to /metrics through this
         # folder, and reads the variable when it is first imported.
         os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", folder)
         try:

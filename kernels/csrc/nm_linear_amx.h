@@ -234,10 +234,10 @@ class AmxTokens {
   const int64_t most_;   // tokens of a pass
   const int64_t rows_;   // of a tile of tokens
   const int64_t tile_bytes_;
-  const bool used_once_;  // decoded weights: all tokens are one pair of tiles
-  const int64_t piece_;   // steps that stay decoded
+  const bool used_once_;      // decoded weights: all tokens are one pair of tiles
+  const int64_t piece_;       // steps that stay decoded
   const int64_t most_pairs_;  // of blocks, that a thread takes at once
-  const int64_t ring_bits_;  // the bits of a step's number that say where its decoded weights are
+  const int64_t ring_bits_;   // the bits of a step's number that say where its decoded weights are
   uint8_t* x_ = nullptr;
 };
 

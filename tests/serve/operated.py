@@ -119,7 +119,7 @@ class Load:
 
 
 def engine_processes(server: Server) -> list[psutil.Process]:
-    """vLLM's engine core (and workers) under the server."""
+    """vLLM's engine core under the server."""
     children = psutil.Process(server.pid).children(recursive=True)
     return [child for child in children if "EngineCore" in " ".join([child.name(), *child.cmdline()])]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from processes import run_python
@@ -12,6 +13,8 @@ from maskpro_serve import plugin
 from maskpro_serve.arguments import flag_value, names_flag, with_config
 from maskpro_serve.cli import main
 from maskpro_serve.cpu_defaults import available_memory, choose, container_cores
+
+EXECUTOR = ["--distributed-executor-backend", "maskpro_serve.executor.OneProcessExecutor"]
 
 
 def one_sentence(captured, command: str) -> str:
@@ -115,31 +118,46 @@ def test_vllm_versions(monkeypatch, capsys, found):
 
 
 def test_cpu_defaults_yield_to_the_user():
-    machine = {"flags": frozenset({"avx2"}), "cores": [0, 1], "available_bytes": 20 << 30, "libraries": []}
+    iomp = Path("/lib/libiomp5.so")
+    machine = {"flags": frozenset({"avx2"}), "cores": [0, 1], "available_bytes": 20 << 30, "libraries": [iomp]}
     chosen = choose([], {}, **machine)
     assert chosen.environment == {
         "VLLM_CPU_OMP_THREADS_BIND": "0,1",
         "KMP_BLOCKTIME": "5",
+        "KMP_TPAUSE": "0",
         "VLLM_CPU_KVCACHE_SPACE": "5",
         "VLLM_USE_AOT_COMPILE": "0",
         "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+        "LD_PRELOAD": str(iomp),
     }
-    executor = ["--distributed-executor-backend", "maskpro_serve.executor.OneProcessExecutor"]
-    assert chosen.flags == [*executor, "--dtype", "float32"]
-    assert len(chosen.reasons) == 7
+    assert chosen.flags == [*EXECUTOR, "--dtype", "float32"]
+    assert len(chosen.reasons) == 9
     user = ["--dtype=bfloat16", "--kv_cache_memory_bytes", "1G", "--distributed_executor_backend=mp"]
-    theirs = {"VLLM_CPU_OMP_THREADS_BIND": "0", "VLLM_USE_AOT_COMPILE": "1", "GLIBC_TUNABLES": "glibc.malloc.check=1"}
+    theirs = {"VLLM_USE_AOT_COMPILE": "1", "GLIBC_TUNABLES": "glibc.malloc.check=1", "LD_PRELOAD": str(iomp)}
     chosen = choose(user, theirs, **machine)
-    assert (chosen.environment, chosen.flags) == ({}, [])
-    assert choose([], {}, **machine | {"flags": frozenset({"amx_bf16"})}).flags == executor
+    assert (chosen.environment, chosen.flags) == ({"VLLM_CPU_OMP_THREADS_BIND": "0,1"}, [])
+    assert choose([], {}, **machine | {"flags": frozenset({"amx_bf16"})}).flags == EXECUTOR
+
+
+@pytest.mark.parametrize(
+    "theirs", [{"VLLM_CPU_OMP_THREADS_BIND": "0"}, {"LD_PRELOAD": "/lib/libgomp.so.1"}, {"LD_PRELOAD": ""}]
+)
+def test_one_process_only_where_we_bind_its_threads(theirs):
+    libraries = [Path("/lib/libiomp5.so")] if theirs.get("LD_PRELOAD") != "" else []
+    machine = {"flags": frozenset({"amx_bf16"}), "cores": [0, 1], "available_bytes": 20 << 30, "libraries": libraries}
+    chosen = choose([], theirs, **machine)
+    assert chosen.flags == []
+    assert "KMP_BLOCKTIME" not in chosen.environment
+    assert ("VLLM_CPU_OMP_THREADS_BIND" in chosen.environment) != ("VLLM_CPU_OMP_THREADS_BIND" in theirs)
 
 
 @pytest.mark.parametrize("flag", ["-pp", "--data-parallel-size", "--tensor_parallel_size"])
 def test_threads_are_left_to_vllm_where_they_are_shared(flag):
-    machine = {"flags": frozenset(), "available_bytes": 20 << 30, "libraries": []}
+    machine = {"flags": frozenset(), "available_bytes": 20 << 30, "libraries": [Path("/lib/libiomp5.so")]}
     for chosen in choose([flag, "2"], {}, cores=[0, 1], **machine), choose([], {}, cores=range(64), **machine):
         assert "VLLM_CPU_OMP_THREADS_BIND" not in chosen.environment
         assert "--distributed-executor-backend" not in chosen.flags
+    assert choose([flag, "1"], {}, cores=[0, 1], **machine) == choose([], {}, cores=[0, 1], **machine)
 
 
 def test_defaults_respect_a_container(tmp_path):
@@ -165,6 +183,7 @@ def test_flags_are_known_in_every_spelling():
 def test_a_config_file_is_asked_as_well(tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text("tensor-parallel-size: 2\ndtype: bfloat16\nenforce-eager: true\nenable-prefix-caching: false\n")
+    assert not names_flag(with_config(["--config", str(config), "--no-enforce-eager"]), "--enforce-eager")
     given = with_config(["--config", str(config), "--dtype", "float32"])
     assert flag_value(given, "--tensor-parallel-size", "-tp") == "2"
     assert flag_value(given, "--dtype") == "float32"

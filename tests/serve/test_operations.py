@@ -187,10 +187,10 @@ def test_every_request_is_one_line_and_nothing_of_it_is_told(server):
         next(response.iter_raw())
         stand_still(server)  # or its tokens keep the front end from seeing the client leave
     try:
-        assert httpx.get(f"{server.url}/ready").status_code == 200
         wait_until(lambda: "disconnected" in server.log.read_text())
     finally:
         go_on(server)
+    assert httpx.get(f"{server.url}/ready").status_code == 200
     log = server.log.read_text()
     elapsed = time.monotonic() - started  # a request ends for its client before it does for the server
     assert KEY not in log
