@@ -22,7 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from machine import this_machine
+from machine import Machine, this_machine
 
 from maskpro_kernels.call_timer import take_timed, time_calls
 from maskpro_serve.cpu_defaults import choose_here
@@ -127,6 +127,7 @@ def main() -> None:
     chosen = dict(zip(flags[::2], flags[1::2], strict=True))
     dtype = options.dtype or chosen.get("--dtype", "auto")
 
+    machine = this_machine()  # before this thread is bound to one core
     clock = Clock()
     from vllm import LLM, SamplingParams
 
@@ -159,13 +160,13 @@ def main() -> None:
     clock.seconds.clear()
     clock.calls.clear()
     engine.generate(prompts, sampling, use_tqdm=False)
-    report(options, dtype, clock, steps)
+    report(options, machine, dtype, clock, steps)
 
 
-def report(options: argparse.Namespace, dtype: str, clock: Clock, steps: list[float]) -> None:
+def report(options: argparse.Namespace, machine: Machine, dtype: str, clock: Clock, steps: list[float]) -> None:
     total = sum(steps)
     count = len(steps)
-    print(f"{this_machine()}\n{options.model}, {dtype}, {options.sequences} sequences, {count} steps")
+    print(f"{machine}\n{options.model}, {dtype}, {options.sequences} sequences, {count} steps")
     rows = []
     for part in (KERNELS, *PARTS):
         if part not in clock.seconds:
@@ -178,7 +179,7 @@ def report(options: argparse.Namespace, dtype: str, clock: Clock, steps: list[fl
         print(f"{row['part']:44} {row['ms']:10.2f} {row['share']:7.1%} {row['calls']:7.1f}")
     print(f"{'step, median':44} {statistics.median(steps) * 1e3:10.2f}")
     if options.json:
-        document = {"command": " ".join(sys.argv), "machine": asdict(this_machine()), "dtype": dtype,
+        document = {"command": " ".join(sys.argv), "machine": asdict(machine), "dtype": dtype,
                     "sequences": options.sequences, "steps": count, "step_ms": statistics.median(steps) * 1e3,
                     "parts": rows}  # fmt: skip
         options.json.write_text(json.dumps(document, indent=2) + "\n")
