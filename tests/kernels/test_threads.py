@@ -9,7 +9,7 @@ import sys
 import pytest
 
 BIND = """
-import os, sys, threading
+import os, sys
 import torch
 from maskpro_kernels.threads import bind_threads
 cores = [int(core) for core in sys.argv[1:]]

@@ -24,6 +24,8 @@ FLAGS = [
     "--served-model-name", MODEL, "--enforce-eager", "--max-model-len", "32768", "--dtype", "float32",
     "--hf-overrides", '{"max_position_embeddings": 32768}', "--kv-cache-memory-bytes", "100M",
     "--max-num-seqs", str(SEQUENCES), "--stream-interval", "20",
+    # As where threads are not bound by ONE_THREAD.
+    "--distributed-executor-backend", "maskpro_serve.executor.OneProcessExecutor",
 ]  # fmt: skip
 
 ONE_THREAD = {"VLLM_CPU_OMP_THREADS_BIND": str(min(os.sched_getaffinity(0)))}

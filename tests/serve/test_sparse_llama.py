@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from maskpro_kernels import NMWeight, unpack
 from maskpro_serve import load_packed
-from maskpro_serve.cpu_defaults import SMALL_MACHINE, container_cores, preloads
+from maskpro_serve.cpu_defaults import choose_here, container_cores
 from maskpro_serve.models import DEFAULT_MASK, DEFAULT_RECOVERY, ModelBuildError, build_alias, resolve_model
 
 pytestmark = pytest.mark.timeout(900)
@@ -158,11 +158,11 @@ def test_serves_openai_clients(server, client, continued):
 
 @pytest.mark.vllm
 def test_a_small_machine_has_one_engine_process_and_its_threads_a_core_each(server):
-    cores = container_cores(sorted(os.sched_getaffinity(0)))
-    if len(cores) > SMALL_MACHINE or not any("libiomp" in library.name for library in preloads()):
+    if "--distributed-executor-backend" not in choose_here([]).flags:
         pytest.skip("vLLM's own choice of processes and cores on this machine")
     (engine,) = engine_processes(server)
     assert "Worker" not in "".join(child.name() for child in psutil.Process(server.pid).children(recursive=True))
+    cores = container_cores(sorted(os.sched_getaffinity(0)))
     places = [os.sched_getaffinity(thread.id) for thread in engine.threads()]
     assert os.sched_getaffinity(engine.pid) == {cores[0]}
     assert all({core} in places for core in cores)
