@@ -20,6 +20,7 @@ SMALL_MACHINE = 4
 """Cores up to which all are bound; on more, vLLM's own choice (one node, one thread a core, one core kept) is right."""
 _PARALLEL = (("--tensor-parallel-size", "-tp"), ("--pipeline-parallel-size", "-pp"), ("--data-parallel-size", "-dp"))
 _EXECUTOR = "maskpro_serve.executor.OneProcessExecutor"
+_WORKER = "maskpro_serve.worker.SeededCPUWorker"
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -118,6 +119,9 @@ def choose(
             reasons.append(f"--distributed-executor-backend {_EXECUTOR}  (one process less: its memory, its start)")
             default_environment("KMP_BLOCKTIME", "5", "ms that idle threads spin, as in vLLM's worker process")
             default_environment("KMP_TPAUSE", "0", "idle threads stay awake, as there")
+    if not names_flag(arguments, "--worker-cls"):
+        extra += ["--worker-cls", _WORKER]
+        reasons.append(f"--worker-cls {_WORKER}  (vLLM's own dies of a seed whose prompt is read in two steps)")
     if not names_flag(arguments, "--kv-cache-memory-bytes"):
         default_environment(
             "VLLM_CPU_KVCACHE_SPACE", str(kv_cache_gib(available_bytes)), "GiB, a quarter of what is free"

@@ -41,7 +41,7 @@ def test_vllm_is_imported_only_where_it_is_needed(repository):
         if "vllm" in imported_packages(file)
     }
     quantization = {f"maskpro_serve/quantization/{name}.py" for name in ("config", "head", "linear", "params")}
-    assert users == {f"maskpro_serve/{name}.py" for name in ("executor", "plugin", "server")} | quantization
+    assert users == {f"maskpro_serve/{name}.py" for name in ("executor", "plugin", "server", "worker")} | quantization
 
 
 def test_folders_are_no_packages(repository):

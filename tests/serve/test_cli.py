@@ -15,6 +15,7 @@ from maskpro_serve.cli import main
 from maskpro_serve.cpu_defaults import available_memory, choose, container_cores
 
 EXECUTOR = ["--distributed-executor-backend", "maskpro_serve.executor.OneProcessExecutor"]
+WORKER = ["--worker-cls", "maskpro_serve.worker.SeededCPUWorker"]
 
 
 def one_sentence(captured, command: str) -> str:
@@ -130,13 +131,14 @@ def test_cpu_defaults_yield_to_the_user():
         "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
         "LD_PRELOAD": str(iomp),
     }
-    assert chosen.flags == [*EXECUTOR, "--dtype", "float32"]
-    assert len(chosen.reasons) == 9
+    assert chosen.flags == [*EXECUTOR, *WORKER, "--dtype", "float32"]
+    assert len(chosen.reasons) == 10
     user = ["--dtype=bfloat16", "--kv_cache_memory_bytes", "1G", "--distributed_executor_backend=mp"]
+    user += ["--worker_cls", "vllm.v1.worker.cpu_worker.CPUWorker"]
     theirs = {"VLLM_USE_AOT_COMPILE": "1", "GLIBC_TUNABLES": "glibc.malloc.check=1", "LD_PRELOAD": str(iomp)}
     chosen = choose(user, theirs, **machine)
     assert (chosen.environment, chosen.flags) == ({"VLLM_CPU_OMP_THREADS_BIND": "0,1"}, [])
-    assert choose([], {}, **machine | {"flags": frozenset({"amx_bf16"})}).flags == EXECUTOR
+    assert choose([], {}, **machine | {"flags": frozenset({"amx_bf16"})}).flags == [*EXECUTOR, *WORKER]
 
 
 @pytest.mark.parametrize(
@@ -146,7 +148,7 @@ def test_one_process_only_where_we_bind_its_threads(theirs):
     libraries = [Path("/lib/libiomp5.so")] if theirs.get("LD_PRELOAD") != "" else []
     machine = {"flags": frozenset({"amx_bf16"}), "cores": [0, 1], "available_bytes": 20 << 30, "libraries": libraries}
     chosen = choose([], theirs, **machine)
-    assert chosen.flags == []
+    assert chosen.flags == WORKER
     assert "KMP_BLOCKTIME" not in chosen.environment
     assert ("VLLM_CPU_OMP_THREADS_BIND" in chosen.environment) != ("VLLM_CPU_OMP_THREADS_BIND" in theirs)
 

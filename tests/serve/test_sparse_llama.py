@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jsonschema
@@ -175,6 +176,42 @@ def test_a_long_prompt_in_chunks_and_from_the_prefix_cache(client, continued):
     assert answers[0].usage.prompt_tokens > 2 * 128
     assert [answer.usage.prompt_tokens_details.cached_tokens for answer in answers] == [0, 2 * 128]
     assert {answer.choices[0].text for answer in answers} == {continued(prompt)}
+
+
+@pytest.mark.vllm
+def test_a_seed_says_the_same_however_the_prompt_is_read(client):
+    prompt = "".join(f"In week {week} the baker of the village tried a new kind of bread. " for week in range(1, 21))
+    sampled = COMMON | {"prompt": prompt, "temperature": 1.0, "logprobs": 0}
+    cold, warm, other = (client.completions.create(**sampled, seed=seed) for seed in (7, 7, 8))
+    cached = [answer.usage.prompt_tokens_details.cached_tokens for answer in (cold, warm)]
+    assert cached == [0, 2 * 128]  # read in three steps, then in one
+    assert cold.choices[0].logprobs.tokens == warm.choices[0].logprobs.tokens
+    assert cold.choices[0].logprobs.tokens != other.choices[0].logprobs.tokens
+
+
+SAMPLING = [
+    {"n": 2}, {"logprobs": 3}, {"logit_bias": {"11": 5}}, {"presence_penalty": 1.0, "frequency_penalty": 1.0},
+    {"stop": ["."]}, {"echo": True, "logprobs": 1}, {"top_p": 0.5},
+    {"extra_body": {"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.2}}, {"extra_body": {"prompt_logprobs": 1}},
+    {"extra_body": {"min_tokens": 4}}, {"extra_body": {"bad_words": ["the"]}},
+    {"extra_body": {"allowed_token_ids": [11, 12, 13]}}, {"extra_body": {"stop_token_ids": [11]}},
+    {"extra_body": {"structured_outputs": {"choice": ["yes", "no"]}}}, {"extra_body": {"ignore_eos": True}},
+]  # fmt: skip
+
+
+@pytest.mark.vllm
+def test_every_way_to_sample_at_once_while_prompts_are_read_in_steps(client):
+    def ask(number: int) -> list[str]:
+        prompt = f"{number}. " + "".join(f"In year {year} the old mill was painted again. " for year in range(21))
+        settings = SAMPLING[number % len(SAMPLING)] | ({"seed": number} if number < len(SAMPLING) else {})
+        answer = client.completions.create(**COMMON | {"prompt": prompt, "temperature": 0.8} | settings)
+        assert answer.usage.prompt_tokens > 128
+        return [choice.finish_reason for choice in answer.choices]
+
+    with ThreadPoolExecutor(2 * len(SAMPLING)) as pool:
+        answers = list(pool.map(ask, range(2 * len(SAMPLING))))
+    assert [len(answer) for answer in answers] == [settings.get("n", 1) for settings in SAMPLING] * 2
+    assert {reason for answer in answers for reason in answer} <= {"stop", "length"}
 
 
 @pytest.mark.vllm
