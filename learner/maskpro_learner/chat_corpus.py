@@ -12,17 +12,14 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import itertools
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from maskpro_kernels.files import write_atomically
 from maskpro_learner.chat_prompts import seed_prompts
@@ -30,6 +27,7 @@ from maskpro_learner.checkpoints import load_model, load_tokenizer
 from maskpro_learner.command_line import check_device
 from maskpro_learner.errors import LearnerError, ModelError
 from maskpro_learner.progress import progress_bar, quiet_transformers
+from maskpro_learner.writers import ModelWriter, ServerWriter, Writer
 
 Conversation = list[dict[str, str]]
 
@@ -51,70 +49,8 @@ def check_chat(tokenizer: PreTrainedTokenizerBase) -> None:
         raise ModelError("the tokenizer has no end-of-sequence token")
 
 
-class _Sampling(LogitsProcessor):
-    """The largest of logit / temperature + Gumbel noise is a draw from the softmax, so that greedy search samples.
-
-    transformers draws with ``torch.multinomial``, whose exponential variates take longer than the model does: on two
-    cores 0.2 s a token for 128 texts.
-    """
-
-    def __init__(self, temperature: float, seed: int, device: torch.device) -> None:
-        self._temperature = temperature
-        self._generator = torch.Generator(device).manual_seed(seed)
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        # Single precision has no variate above 17, which one draw in 500 from 50,000 tokens should exceed.
-        noise = torch.empty(scores.shape, dtype=torch.float64, device=scores.device)
-        noise.uniform_(1e-15, 1 - 1e-15, generator=self._generator).log_().neg_().log_()
-        return noise.neg_().add_(scores.double().div_(self._temperature))  # type: ignore[return-value]
-
-
-@contextmanager
-def _rows_for_the_head(model: PreTrainedModel) -> Iterator[None]:
-    """The output head gets contiguous rows while inside.
-
-    generate() gives it the last position of every prompt, a strided view, for which torch copies the whole head once
-    for every prompt: 7 GB for 128 of them.
-    """
-    head = model.get_output_embeddings()
-    if head is None:
-        yield
-        return
-    hook = head.register_forward_pre_hook(lambda module, inputs: (inputs[0].contiguous(),))
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-def _generate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_new_tokens: int,
-    temperature: float, seed: int,
-) -> list[tuple[list[int], bool]]:  # fmt: skip
-    """What the model writes after each text, in tokens, and whether it ended by itself."""
-    encoded = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    width = max(len(ids) for ids in encoded)
-    end: int = tokenizer.eos_token_id
-    configured = getattr(model.generation_config, "eos_token_id", None)  # chat models may end a turn with another one
-    ends = {end, *(configured if isinstance(configured, list) else [] if configured is None else [configured])}
-    ids = torch.tensor([[end] * (width - len(row)) + row for row in encoded], device=model.device)
-    attention = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in encoded], device=model.device)
-    sampling = [_Sampling(temperature, seed, model.device)] if temperature > 0 else []
-    with torch.inference_mode(), _rows_for_the_head(model):
-        generated: Tensor = model.generate(  # type: ignore[operator]
-            inputs=ids, attention_mask=attention, max_new_tokens=max_new_tokens, pad_token_id=end,
-            eos_token_id=sorted(ends), do_sample=False, logits_processor=LogitsProcessorList(sampling),
-        )  # fmt: skip
-    written = []
-    for row in generated[:, width:].tolist():
-        tokens = list(itertools.takewhile(lambda token: token not in ends, row))
-        written.append((tokens, len(tokens) < len(row)))
-    return written
-
-
 def own_prompts(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    writer: Writer,
     count: int,
     *,
     batch: int = 64,
@@ -126,8 +62,7 @@ def own_prompts(
     """User messages that the model itself writes, distinct.
 
     Args:
-        model: a causal language model, trained on chats.
-        tokenizer: its tokenizer, with a chat template.
+        writer: of a model that was trained on chats; its tokenizer has a chat template.
         count: messages to try; those longer than ``max_tokens``, empty, written before or with a special
             token in them are left out.
         batch: messages written at once.
@@ -140,7 +75,7 @@ def own_prompts(
         ModelError: the chat template does not show where the user's message begins, has nothing before it, or no
             message ended in time.
     """
-    marker = "\N{SYMBOL FOR START OF TEXT}"
+    tokenizer, marker = writer.tokenizer, "\N{SYMBOL FOR START OF TEXT}"
     head, found, tail = render_prompt(tokenizer, [{"role": "user", "content": marker}]).partition(marker)
     if not found:
         raise ModelError("the chat template leaves out the user's message: expected it in the prompt")
@@ -154,7 +89,7 @@ def own_prompts(
     for start in range(0, count, batch):
         size = min(batch, count - start)
         seeded = _seed(seed, "prompts", start)
-        for tokens, finished in _generate(model, tokenizer, [head] * size, max_tokens, temperature, seeded):
+        for tokens, finished in writer.write([head] * size, max_tokens, temperature, seeded):
             text, ended, _ = (
                 str(tokenizer.decode(tokens)).partition(turn) if turn else (_text(tokenizer, tokens), "", "")
             )
@@ -177,8 +112,7 @@ def _text(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
 
 
 def answer(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    writer: Writer,
     prompts: Sequence[str],
     *,
     max_new_tokens: int = 192,
@@ -189,8 +123,7 @@ def answer(
     """Answers one batch of user prompts.
 
     Args:
-        model: a causal language model.
-        tokenizer: its tokenizer, with a chat template.
+        writer: of a model whose tokenizer has a chat template.
         prompts: user messages.
         max_new_tokens: the most an answer may take.
         temperature: 0 is greedy; else answers are sampled from the whole softmax.
@@ -200,14 +133,14 @@ def answer(
     Returns:
         One answer each; None where it did not end within ``max_new_tokens``.
     """
+    tokenizer = writer.tokenizer
     texts = [render_prompt(tokenizer, [{"role": "user", "content": prompt}]) for prompt in prompts]
-    written = _generate(model, tokenizer, texts, max_new_tokens, temperature, seed)
+    written = writer.write(texts, max_new_tokens, temperature, seed)
     return [_text(tokenizer, tokens) if finished or keep_unfinished else None for tokens, finished in written]
 
 
 def write_chat_corpus(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    writer: Writer,
     output: Path,
     *,
     prompts: Sequence[str],
@@ -231,12 +164,12 @@ def write_chat_corpus(
         ModelError: the tokenizer has no chat template or no end-of-sequence token, or no answer ended.
         OSError: the output cannot be written.
     """
-    check_chat(tokenizer)
+    check_chat(writer.tokenizer)
     lines: list[str] = []
     for start in range(0, len(prompts), batch):
         part = prompts[start : start + batch]
         texts = answer(
-            model, tokenizer, part, max_new_tokens=max_new_tokens, temperature=temperature,
+            writer, part, max_new_tokens=max_new_tokens, temperature=temperature,
             seed=_seed(seed, "answers", start),
             keep_unfinished=keep_unfinished,
         )  # fmt: skip
@@ -253,10 +186,10 @@ def write_chat_corpus(
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Checks what argparse does not.
+    """Checks what argparse does not, and settles where the model is.
 
     Raises:
-        LearnerError: a number out of its range, or a device that is not there.
+        LearnerError: a number out of its range, a device that is not there, or one beside a server.
     """
     for name, wrong in (
         ("prompts", options.prompts < 1 and options.own_prompts),
@@ -269,7 +202,22 @@ def _check(options: argparse.Namespace) -> None:
         raise LearnerError(f"--temperature: expected 0 or above, found {options.temperature}")
     if not 0 < options.prompt_temperature < math.inf:
         raise LearnerError(f"--prompt-temperature: expected above 0, found {options.prompt_temperature}")
-    check_device(options.device)
+    if options.server is None:
+        options.dtype = options.dtype or "float32"
+        options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        check_device(options.device)
+        return
+    for name in ("dtype", "device"):
+        if getattr(options, name) is not None:
+            raise LearnerError(f"--{name} is for a model loaded here: expected none with --server")
+
+
+def _writer(options: argparse.Namespace) -> Writer:
+    """Of the model, loaded here or served elsewhere."""
+    tokenizer = load_tokenizer(options.model)
+    if options.server is not None:
+        return ServerWriter(options.server, tokenizer)
+    return ModelWriter(load_model(options.model, getattr(torch, options.dtype), options.device), tokenizer)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -279,6 +227,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--model", required=True, help="dense chat model: folder or hub id")
     parser.add_argument("--output", required=True, type=Path, help="JSONL file to write")
+    parser.add_argument(
+        "--server", metavar="URL",
+        help="let a server of the model write instead, for example http://localhost:8000/v1: vLLM, or on CPUs, where "
+        "vLLM's worker dies of seeds, maskpro-serve; OPENAI_API_KEY has its key",
+    )  # fmt: skip
     parser.add_argument("--prompts", type=int, default=480, help="user prompts to answer (default 480)")
     parser.add_argument(
         "--own-prompts", action="store_true", help="let the model write the prompts; doubles and long ones are left out"
@@ -291,8 +244,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--prompt-temperature", type=float, default=1.0, help="of --own-prompts (default 1)")
     parser.add_argument("--batch", type=int, default=64, help="answers written at once (default 64)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="compute dtype")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute dtype (default float32)")
+    parser.add_argument("--device", help="(default cuda, if there is one)")
     options = parser.parse_args(argv)
     quiet_transformers()
     try:
@@ -300,18 +253,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         prompts = [] if options.own_prompts else seed_prompts(options.prompts, options.seed)
         if not options.output.parent.is_dir():
             raise LearnerError(f"{options.output}: its folder does not exist")
-        tokenizer = load_tokenizer(options.model)
-        model = load_model(options.model, getattr(torch, options.dtype), options.device)
+        writer = _writer(options)
         if options.own_prompts:
-            check_chat(tokenizer)
+            check_chat(writer.tokenizer)
             with progress_bar("writing prompts", options.prompts) as advance:
                 prompts = own_prompts(
-                    model, tokenizer, options.prompts, batch=options.batch,
+                    writer, options.prompts, batch=options.batch,
                     temperature=options.prompt_temperature, seed=options.seed, advance=advance,
                 )  # fmt: skip
         with progress_bar("writing answers", len(prompts)) as advance:
             written = write_chat_corpus(
-                model, tokenizer, options.output, prompts=prompts, batch=options.batch,
+                writer, options.output, prompts=prompts, batch=options.batch,
                 max_new_tokens=options.max_new_tokens, temperature=options.temperature, seed=options.seed,
                 keep_unfinished=options.keep_unfinished, advance=advance,
             )  # fmt: skip
@@ -320,7 +272,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{options.output}: {written} conversations from {len(prompts)} prompts")
+    by = f", written by {writer.served}" if isinstance(writer, ServerWriter) else ""
+    print(f"{options.output}: {written} conversations from {len(prompts)} prompts{by}")
     return 0
 
 

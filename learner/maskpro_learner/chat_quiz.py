@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from maskpro_learner.chat_corpus import answer, check_chat
 from maskpro_learner.errors import LearnerError
+from maskpro_learner.writers import ModelWriter
 
 SHIPPED = Path(__file__).with_name("chat_questions.jsonl")
 """40 questions of the project's own; none is among the prompts of :mod:`maskpro_learner.chat_prompts`."""
@@ -189,10 +190,11 @@ def quiz(
         ModelError: the tokenizer has no chat template or no end-of-sequence token.
     """
     check_chat(tokenizer)
+    writer = ModelWriter(model, tokenizer)
     marked: list[QuizAnswer] = []
     for start in range(0, len(questions), batch):
         part = questions[start : start + batch]
-        texts = answer(model, tokenizer, [each.question for each in part], max_new_tokens=max_new_tokens)
+        texts = answer(writer, [each.question for each in part], max_new_tokens=max_new_tokens)
         marked += [QuizAnswer(each, text, each.accepts(text)) for each, text in zip(part, texts, strict=True)]
         advance(len(part))
     return QuizResult(tuple(marked))

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from maskpro_learner import ModelError
 from maskpro_learner.chat_corpus import answer, main, own_prompts, render_prompt, write_chat_corpus
 from maskpro_learner.chat_prompts import prompt_families, seed_prompts
+from maskpro_learner.writers import ModelWriter
 
 
 def test_prompts_are_distinct_varied_and_seeded() -> None:
@@ -38,8 +39,9 @@ def test_batched_answers_are_those_of_one_prompt_alone(
     model, prompts = tiny_model(), ["cat", "the red bird sat on a mat", "rain fell"]
     with torch.no_grad():  # an end token that comes up now and then
         model.lm_head.weight[2] = model.lm_head.weight[5:20].mean(0) * 3
-    together = answer(model, tokenizer, prompts, max_new_tokens=12)
-    assert together == [answer(model, tokenizer, [prompt], max_new_tokens=12)[0] for prompt in prompts]
+    writer = ModelWriter(model, tokenizer)
+    together = answer(writer, prompts, max_new_tokens=12)
+    assert together == [answer(writer, [prompt], max_new_tokens=12)[0] for prompt in prompts]
     for prompt, text in zip(prompts, together, strict=True):
         ids = tokenizer(render_prompt(tokenizer, [{"role": "user", "content": prompt}]))["input_ids"]
         new: list[int] = []
@@ -47,9 +49,9 @@ def test_batched_answers_are_those_of_one_prompt_alone(
             with torch.inference_mode():
                 new.append(int(model(torch.tensor([ids + new])).logits[0, -1].argmax()))
         assert text == (tokenizer.decode(new[:-1], skip_special_tokens=True).strip() if new[-1] == 2 else None)
-    sampled = [answer(model, tokenizer, prompts, max_new_tokens=40, temperature=1.0, seed=seed) for seed in (1, 1, 2)]
+    sampled = [answer(writer, prompts, max_new_tokens=40, temperature=1.0, seed=seed) for seed in (1, 1, 2)]
     assert sampled[0] == sampled[1] != sampled[2]
-    whole = answer(model, tokenizer, prompts, max_new_tokens=12, keep_unfinished=True)
+    whole = answer(writer, prompts, max_new_tokens=12, keep_unfinished=True)
     assert None in together  # so that something is left to keep
     for text, kept in zip(together, whole, strict=True):
         assert kept is not None
@@ -66,7 +68,12 @@ def test_sampled_answers_follow_the_softmax(
     with torch.inference_mode():
         logits = model(ids).logits[0, -1].float()
     texts = answer(
-        model, tokenizer, ["cat"] * draws, max_new_tokens=1, temperature=temperature, seed=5, keep_unfinished=True
+        ModelWriter(model, tokenizer),
+        ["cat"] * draws,
+        max_new_tokens=1,
+        temperature=temperature,
+        seed=5,
+        keep_unfinished=True,
     )
     words = [tokenizer.decode([token], skip_special_tokens=True).strip() for token in range(len(logits))]
     found = Counter(texts)
@@ -94,15 +101,15 @@ def test_a_model_writes_prompts_of_its_own(
     model = tiny_model()
     with torch.no_grad():  # an end token that comes up now and then
         model.lm_head.weight[2] = model.lm_head.weight[5:20].mean(0) * 3
-    tried: list[int] = []
-    prompts = own_prompts(model, tokenizer, 80, batch=32, max_tokens=50, seed=1, advance=tried.append)
+    writer, tried = ModelWriter(model, tokenizer), list[int]()
+    prompts = own_prompts(writer, 80, batch=32, max_tokens=50, seed=1, advance=tried.append)
     assert tried == [32, 32, 16]
     assert 1 < len(prompts) == len(set(prompts)) < 80
     assert all(prompts)
-    assert prompts == own_prompts(model, tokenizer, 80, batch=32, max_tokens=50, seed=1)
+    assert prompts == own_prompts(writer, 80, batch=32, max_tokens=50, seed=1)
     # Neither another seed nor the one that counts its batches from there repeats them.
     for seed in (2, 33):
-        assert not set(prompts) & set(own_prompts(model, tokenizer, 80, batch=32, max_tokens=50, seed=seed))
+        assert not set(prompts) & set(own_prompts(writer, 80, batch=32, max_tokens=50, seed=seed))
 
 
 def test_own_prompts_are_what_follows_the_head_of_a_users_turn(
@@ -117,17 +124,18 @@ def test_own_prompts_are_what_follows_the_head_of_a_users_turn(
         return torch.cat([inputs, new.expand(len(inputs), -1)], dim=1)
 
     monkeypatch.setattr(model, "generate", generate)
+    writer = ModelWriter(model, tokenizer)
     with pytest.raises(ModelError, match="no message of a user ended within 48 tokens"):
-        own_prompts(model, tokenizer, 2)
+        own_prompts(writer, 2)
     written += " </s>"
-    assert own_prompts(model, tokenizer, 2) == ["rain fell cat sat on"]
+    assert own_prompts(writer, 2) == ["rain fell cat sat on"]
     # Turns that end with words of the template, which the model writes and goes on.
     tokenizer.chat_template = "{% for m in messages %}<s> user : {{ m.content }} cat sat {% endfor %}"
-    assert own_prompts(model, tokenizer, 2) == ["rain fell"]
+    assert own_prompts(writer, 2) == ["rain fell"]
     assert set(asked) == {"<s> user :"}
     tokenizer.chat_template = "{{ 'always the same' }}"
     with pytest.raises(ModelError, match="leaves out the user's message"):
-        own_prompts(model, tokenizer, 4)
+        own_prompts(writer, 4)
 
 
 def test_command_line(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -153,6 +161,8 @@ def test_command_line(model_folder: Path, tmp_path: Path, capsys: pytest.Capture
         (["--temperature", "-1"], "--temperature: expected 0 or above, found -1"),
         (["--own-prompts", "--prompt-temperature", "0"], "--prompt-temperature: expected above 0, found 0"),
         (["--device", "gpu"], "--device gpu: "),
+        (["--server", "http://127.0.0.1:9/v1", "--dtype", "bfloat16"], "--dtype is for a model loaded here"),
+        (["--server", "http://127.0.0.1:9/v1"], "--device is for a model loaded here"),
         (["--output", str(tmp_path / "no" / "x.jsonl")], "its folder does not exist"),
     ):
         assert main([*arguments, *bad]) == 2
@@ -165,5 +175,5 @@ def test_a_model_without_chat_template(
 ) -> None:
     tokenizer.chat_template = None
     with pytest.raises(ModelError, match="no chat template"):
-        write_chat_corpus(tiny_model(), tokenizer, tmp_path / "a.jsonl", prompts=["cat"])
+        write_chat_corpus(ModelWriter(tiny_model(), tokenizer), tmp_path / "a.jsonl", prompts=["cat"])
     assert not list(tmp_path.iterdir())

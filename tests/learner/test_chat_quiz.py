@@ -14,6 +14,7 @@ from maskpro_learner import LearnerError, ModelError
 from maskpro_learner.chat_corpus import answer
 from maskpro_learner.chat_prompts import prompt_families
 from maskpro_learner.chat_quiz import Question, degenerate, quiz, read_questions
+from maskpro_learner.writers import ModelWriter
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +99,7 @@ def test_a_quiz_is_the_marked_greedy_answers(
 ) -> None:
     model = tiny_model(seed=1)  # one that ends some of its answers
     prompts = ["the cat", "red bird fly", "rain", "on old stones", "a mat"]
-    texts = answer(model, tokenizer, prompts, max_new_tokens=60)
+    texts = answer(ModelWriter(model, tokenizer), prompts, max_new_tokens=60)
     assert texts[0]
     assert texts[3]
     assert None in texts

@@ -21,6 +21,8 @@ from server import Server
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from maskpro_kernels import NMWeight, unpack
+from maskpro_learner import chat_corpus
+from maskpro_learner.writers import ServerWriter
 from maskpro_serve import load_packed
 from maskpro_serve.cpu_defaults import choose_here, container_cores
 from maskpro_serve.models import DEFAULT_MASK, DEFAULT_RECOVERY, ModelBuildError, build_alias, resolve_model
@@ -212,6 +214,31 @@ def test_every_way_to_sample_at_once_while_prompts_are_read_in_steps(client):
         answers = list(pool.map(ask, range(2 * len(SAMPLING))))
     assert [len(answer) for answer in answers] == [settings.get("n", 1) for settings in SAMPLING] * 2
     assert {reason for answer in answers for reason in answer} <= {"stop", "length"}
+
+
+@pytest.mark.vllm
+def test_a_server_writes_what_the_model_would(server, cache, continued, tmp_path, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(build_alias("dense-llama", cache))
+    texts = ["The lighthouse stood on the", "<|im_start|>user\nWhat is water?<|im_end|>\n<|im_start|>assistant\n"]
+    written = ServerWriter(f"{server.url}/v1", tokenizer).write(texts, TOKENS, temperature=0.0, seed=0)
+    assert [tokenizer.decode(tokens, skip_special_tokens=True) for tokens, _ in written] == list(map(continued, texts))
+    output = tmp_path / "chats.jsonl"
+    options = [
+        "--own-prompts",
+        "--prompts",
+        "12",
+        "--temperature",
+        "0.8",
+        "--max-new-tokens",
+        "12",
+        "--keep-unfinished",
+    ]
+    options += ["--model", str(build_alias("dense-llama", cache)), "--server", f"{server.url}/v1"]
+    assert chat_corpus.main([*options, "--output", str(output)]) == 0
+    rows = [json.loads(line)["messages"] for line in output.read_text().splitlines()]
+    assert len({row[0]["content"] for row in rows}) == len(rows) > 1  # one seed for all would write one prompt
+    assert "<|im_end|>" not in output.read_text()
+    assert f"{len(rows)} conversations" in capsys.readouterr().out
 
 
 @pytest.mark.vllm
