@@ -15,8 +15,8 @@ class _Spare(torch.Generator):
     def get_offset(self) -> int:
         return 0
 
-    def set_offset(self, offset: int) -> None:
-        pass
+    def set_offset(self, offset: int) -> torch.Generator:
+        return self
 
 
 class SeededCPUWorker(CPUWorker):
