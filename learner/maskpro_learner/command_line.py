@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -52,11 +53,16 @@ def check_output(output: Path, beside: Iterable[Path], inputs: Iterable[Path | s
 
 
 def check_ids(model: PreTrainedModel, name: str, tokens: Tensor) -> None:
-    """Checks that a model knows all tokens of a text.
+    """Checks that a model knows all tokens of a text, and sees as far as its blocks are long.
 
     Raises:
-        ModelError: its embedding does not have them.
+        ModelError: its embedding does not have them, or its context is shorter.
     """
+    context = getattr(model.config, "max_position_embeddings", None) or math.inf
+    if tokens.shape[-1] > context:
+        raise ModelError(
+            f"{name}: --length: the model's context has {context} tokens, found blocks of {tokens.shape[-1]}"
+        )
     if int(tokens.max()) >= model.get_input_embeddings().num_embeddings:  # type: ignore[operator]
         raise ModelError(f"{name}: the tokenizer makes ids that the model's embedding does not have")
 

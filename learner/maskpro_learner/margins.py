@@ -20,7 +20,7 @@ from maskpro_learner.layers import select_layers, weights_restored
 from maskpro_learner.sequential import BlockRunner
 
 _TOKENS = 32_768
-"""Of the calibration text, at most."""
+"""Of the calibration text, at most: blocks from all of it."""
 
 _LEAST, _MOST = 0.1, 10.0
 """Between the logits of kept and dropped weights: the initial mask is the most likely one, and nothing is certain."""
@@ -52,8 +52,9 @@ def margin_logits(
     Cost: two forward passes over the text, and a product of (out, in) with (in, in) for each layer.
     """
     layers = select_layers(model, pattern)
-    blocks = max(1, _TOKENS // tokens.shape[1])
-    runner = BlockRunner(model, layers.blocks, tokens[:blocks], batch=batch)
+    count = min(len(tokens), max(1, _TOKENS // tokens.shape[1]))
+    spread = torch.arange(count) * len(tokens) // count  # several sources of text lie one after the other
+    runner = BlockRunner(model, layers.blocks, tokens[spread], batch=batch)
     logits: dict[str, Tensor] = {}
     with weights_restored(layers.linears.values()):
         for index, block in enumerate(layers.blocks):

@@ -40,7 +40,7 @@ class MaskedModel:
         linears: prunable linears by module name, on any device; what belongs to a weight is on its device.
         masks: initial masks by parameter name (``<module>.weight``), strictly ``pattern``.
         pattern: the pattern.
-        logits: initial logits by parameter name, float32; become this object's own.
+        logits: initial logits by parameter name, float32; become this object's own, and are taken from the mapping.
         seed: of every draw.
 
     Memory: 4 bytes of logit and one more copy of the weight, per weight.
@@ -48,14 +48,14 @@ class MaskedModel:
 
     def __init__(
         self, linears: Mapping[str, nn.Linear], masks: Mapping[str, Tensor], pattern: NMPattern,
-        *, logits: Mapping[str, Tensor], seed: int,
+        *, logits: dict[str, Tensor], seed: int,
     ) -> None:  # fmt: skip
         if missing := [name for name in linears if f"{name}.weight" not in masks]:
             raise LearnerError(f"initial mask: none for {missing[0]}")
         self.pattern = pattern
         self.linears = dict(linears)
         self.dense = {name: linear.weight.data.contiguous() for name, linear in linears.items()}
-        self.logits = {name: logits[f"{name}.weight"].to(weight.device) for name, weight in self.dense.items()}
+        self.logits = {name: logits.pop(f"{name}.weight").to(weight.device) for name, weight in self.dense.items()}
         self._seed = seed
         self._flips: dict[torch.device, Tensor] = {}
         for name, linear in self.linears.items():
@@ -93,8 +93,8 @@ class MaskedModel:
         """Groups whose mask, of those the last step gave, is not a most likely one of theirs."""
         return sum(int(flips) for flips in self._flips.values())
 
-    def backward(self, model: nn.Module, blocks: Tensor, scale: int) -> Tensor:
-        """Adds the gradient of a batch's summed loss over ``scale`` to the masked weights.
+    def backward(self, model: nn.Module, blocks: Tensor) -> Tensor:
+        """Adds the gradient of a batch's summed loss to the masked weights: a mean's would be lost in float16.
 
         Returns:
             :func:`token_losses` of the batch.
@@ -105,7 +105,7 @@ class MaskedModel:
         try:
             with torch.enable_grad():
                 losses = token_losses(model, blocks)
-                (losses.sum() / scale).backward()
+                losses.sum().backward()
         finally:
             for weight in weights:
                 weight.requires_grad_(False)
@@ -114,8 +114,11 @@ class MaskedModel:
     def gains(self, world: World = ALONE) -> dict[str, Tensor]:
         """-g w for every weight, from the gradients g that backward passes left everywhere, which are taken away.
 
-        Each layer's are divided by their root mean square. The gradient with respect to a masked weight is there for
-        dropped weights too: what it would have been worth to keep them.
+        Each layer's are divided by their root mean square, so the loss's scale does not matter. The gradient with
+        respect to a masked weight is there for dropped weights too: what it would have been worth to keep them.
+
+        Raises:
+            LearnerError: a gradient is not finite.
         """
         found = {}
         for name, linear in self.linears.items():
@@ -123,7 +126,10 @@ class MaskedModel:
             gradient = world.summed(linear.weight.grad.float())
             linear.weight.grad = None
             gain = gradient.mul_(self.dense[name])
-            found[name] = gain.div_(-(gain.norm() / gain.numel() ** 0.5).clamp_min(1e-30))
+            size = gain.norm()
+            if not torch.isfinite(size):
+                raise LearnerError(f"{name}.weight: expected a finite gradient, found none: try --dtype bfloat16")
+            found[name] = gain.div_(-(size / gain.numel() ** 0.5).clamp_min(1e-30))
         return found
 
     def masks(self) -> PackedMasks:
@@ -143,7 +149,7 @@ class MaskedModel:
 @contextmanager
 def masked(
     linears: Mapping[str, nn.Linear], masks: Mapping[str, Tensor], pattern: NMPattern,
-    *, logits: Mapping[str, Tensor], seed: int,
+    *, logits: dict[str, Tensor], seed: int,
 ) -> Iterator[MaskedModel]:  # fmt: skip
     """A :class:`MaskedModel` that is restored at the end, whatever happens."""
     model = MaskedModel(linears, masks, pattern, logits=logits, seed=seed)

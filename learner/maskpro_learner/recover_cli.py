@@ -52,7 +52,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     data.add_argument("--samples", type=int, default=64, help="blocks of text for the block by block fit (default 64)")
     data.add_argument("--length", type=int, default=256, help="tokens of a block (default 256)")
-    data.add_argument("--batch", type=int, default=default.batch, help=f"blocks run at once (default {default.batch})")
+    data.add_argument(
+        "--batch", type=int, default=default.batch,
+        help=f"blocks run at once; in the block by block fit, a step (default {default.batch})",
+    )  # fmt: skip
     blocks = parser.add_argument_group("block by block fit")
     blocks.add_argument("--block-steps", type=int, default=default.block_steps, help="of Adam on each block")
     blocks.add_argument("--block-learning-rate", type=float, default=default.block_learning_rate)
@@ -105,13 +108,13 @@ def recover(options: argparse.Namespace, console: Console) -> None:
     model = load_model(options.model, torch.float32, options.device)
     if text is not None:
         check_ids(model, options.model, text)
-        teacher = load_model(options.model, getattr(torch, options.dtype), options.device)
     updates = started.updates if started is not None else None
     fits: list[BlockFit] = []
     if started is None and (text is None or not checkpoint.exists()):
         updates, fits = _reconstruct(options, config, model, tokenizer, file)
     steps: list[DistillStep] = []
     if text is not None:
+        teacher = load_model(options.model, getattr(torch, options.dtype), options.device)
         cast_weights(model, teacher.dtype)
         updates, steps = _distill(options, config, model, teacher, text, file, updates, json.dumps(origin), checkpoint)
     assert updates is not None

@@ -28,8 +28,9 @@ from maskpro_kernels.recovery import LowRank
 from maskpro_learner.checkpointed import digest, read_checkpoint, run_steps, write_checkpoint
 from maskpro_learner.divergence import divergence
 from maskpro_learner.errors import LearnerError
-from maskpro_learner.layers import select_layers, weights_restored
+from maskpro_learner.layers import select_layers
 from maskpro_learner.refit import damped, low_rank_refit, root_mean_square
+from maskpro_learner.repeatable import repeatable
 from maskpro_learner.sequential import BlockRunner
 
 _WARMUP = 0.05
@@ -47,7 +48,8 @@ class RecoverConfig:
         steps: of distillation; 0 leaves it out.
         learning_rate: of Adam in distillation; it warms up for 5% of the steps and falls to 0 along a cosine.
         minibatch: blocks of text in a step.
-        batch: of those, how many run through the models at once; memory only.
+        batch: blocks of text run through the models at once: of a minibatch, memory only; of the block fit, a step of
+            Adam (there the largest divisor of the samples up to it).
         seed: of the order of the text.
     """
 
@@ -94,8 +96,8 @@ def relative_adam(factors: Iterable[nn.Parameter]) -> torch.optim.Adam:
 
 
 def set_learning_rate(adam: torch.optim.Adam, peak: float, done: int, steps: int) -> None:
-    """For the step after ``done``: a linear warm-up, then a cosine to 0."""
-    position = (done + 1) / steps
+    """For the step after ``done``: a linear warm-up, then a cosine that would reach 0 after the last step."""
+    position = (done + 1) / (steps + 1)
     warm = (
         position / _WARMUP
         if position < _WARMUP
@@ -152,24 +154,21 @@ def reconstruct(
     dense = BlockRunner(model, layers.blocks, tokens, batch=config.batch)
     runner = BlockRunner(model, layers.blocks, tokens, batch=config.batch)
     updates: dict[str, LowRank] = {}
-    with weights_restored(known.values()):
-        for index, block in enumerate(layers.blocks):
-            linears = {f"{name}.weight": linear for name, linear in block.linears.items() if f"{name}.weight" in known}
-            statistics = runner.statistics(index, with_gram=True)
-            dense.advance(index)
-            found = {}
-            for name, linear in linears.items():
-                gram = statistics[name.removesuffix(".weight")].gram
-                assert gram is not None
-                mask = masks[name].to(gram.device)
-                found[name] = low_rank_refit(linear.weight.float(), damped(gram), mask, config.rank)
-            with _parametrized(linears, masks, found) as modules:
-                fit = _train_block(index, runner, dense.hidden, modules, config)
-                runner.advance(index)
-            updates |= {name: module.update() for name, module in modules.items()}
-            for name, linear in linears.items():
-                linear.weight.data = torch.where(masks[name].to(linear.weight.device), linear.weight, 0)
-            on_block(fit)
+    for index, block in enumerate(layers.blocks):
+        linears = {f"{name}.weight": linear for name, linear in block.linears.items() if f"{name}.weight" in known}
+        statistics = runner.statistics(index, with_gram=True)
+        dense.advance(index)
+        found = {}
+        for name, linear in linears.items():
+            gram = statistics[name.removesuffix(".weight")].gram
+            assert gram is not None
+            mask = masks[name].to(gram.device)
+            found[name] = low_rank_refit(linear.weight.float(), damped(gram), mask, config.rank)
+        with _parametrized(linears, masks, found) as modules:
+            fit = _train_block(index, runner, dense.hidden, modules, config)
+            runner.advance(index)
+        updates |= {name: module.update() for name, module in modules.items()}
+        on_block(fit)
     return updates
 
 
@@ -294,7 +293,7 @@ def distill(
     updates = updates or {}
     if missing := sorted(linears.keys() - updates.keys()):
         raise LearnerError(f"recovery: {missing[0]}: no update to start from")
-    with _parametrized(linears, masks, updates) as recovered:
+    with repeatable(model.device), _parametrized(linears, masks, updates) as recovered:
         run = _Distillation(model, teacher, tokens, recovered, config, identity, resumed)
         if checkpoint is not None and resumed is None:
             run.save(checkpoint)  # the updates it starts from may have taken long

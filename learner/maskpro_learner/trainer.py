@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -32,6 +30,7 @@ from maskpro_learner.layers import select_layers
 from maskpro_learner.margins import margin_logits
 from maskpro_learner.masked_model import MaskedModel, constant_logits, masked, token_losses
 from maskpro_learner.packed_masks import PackedMasks
+from maskpro_learner.repeatable import repeatable
 
 
 @dataclass(frozen=True)
@@ -120,25 +119,8 @@ def learn_masks(
         run_steps(
             run, config.steps, on_step=on_step, checkpoint=checkpoint, checkpoint_seconds=checkpoint_seconds, stop=stop
         )
+        world.largest(0)  # a launcher ends the first process, which writes, soon after another one has left
         return policy.masks()
-
-
-@contextmanager
-def repeatable(device: torch.device) -> Iterator[None]:
-    """Has a GPU give the same bits every time: its default ways to sum a gradient do not.
-
-    The CPU's do. PyTorch warns of what it has no repeatable way for, and wants cuBLAS's setting said.
-    """
-    if device.type != "cuda":
-        yield
-        return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
 
 
 class _Run:
@@ -212,7 +194,7 @@ class _Run:
         own: list[float] = []
         for part in blocks[places.start : places.stop].split(self._config.batch):
             if backward:
-                losses = self._policy.backward(self._model, part, predicted)
+                losses = self._policy.backward(self._model, part)
             else:
                 with torch.inference_mode():
                     losses = token_losses(self._model, part)

@@ -98,6 +98,7 @@ class ModelWriter:
             generated: Tensor = self._model.generate(  # type: ignore[operator]
                 inputs=ids, attention_mask=attention, max_new_tokens=max_new_tokens, pad_token_id=end,
                 eos_token_id=sorted(ends), do_sample=False, logits_processor=LogitsProcessorList(sampling),
+                num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0,  # not what generation_config.json says
             )  # fmt: skip
         written = []
         for row in generated[:, width:].tolist():

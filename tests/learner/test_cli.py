@@ -29,6 +29,11 @@ def arguments(model_folder: Path, text_file: Path, tmp_path: Path) -> list[str]:
     ]  # fmt: skip
 
 
+def test_blocks_longer_than_the_models_context(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*arguments, "--init", "wanda", "--samples", "1", "--length", "129"]) == 2
+    assert "--length: the model's context has 128 tokens, found blocks of 129" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "swap", "random"])
 def test_one_shot_masks(
     arguments: list[str], model_folder: Path, tmp_path: Path, method: str, capsys: pytest.CaptureFixture[str]

@@ -7,7 +7,7 @@ import torch
 
 from maskpro_kernels import NMPattern
 from maskpro_kernels.packing import magnitude_mask, top_n_mask
-from maskpro_learner import LearnConfig, initial_masks, learn_masks
+from maskpro_learner import LearnConfig, initial_masks, learn_masks, margins
 from maskpro_learner.margins import _worth, margin_logits
 
 
@@ -44,6 +44,21 @@ def test_the_initial_mask_is_the_likeliest_and_the_model_is_left_alone(tiny_mode
         assert torch.equal(top_n_mask(logits[name], pattern), mask)
         assert logits[name].abs().max() <= 5
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_they_are_of_text_from_everywhere(tiny_model, monkeypatch):
+    monkeypatch.setattr(margins, "_TOKENS", 4 * 16)
+    pattern, model = NMPattern(2, 4), tiny_model()
+    tokens = torch.randint(0, 64, (12, 16))
+    masks = initial_masks(tiny_model(), pattern, "magnitude").masks
+
+    def logits(tokens):
+        found = margin_logits(model, tokens, masks, pattern, 3.0)
+        return torch.cat([found[name].flatten() for name in masks])
+
+    other_end = torch.cat([tokens[:8], torch.randint(0, 64, (4, 16))])
+    assert not torch.equal(logits(tokens), logits(other_end))
+    assert torch.equal(logits(tokens), logits(tokens[::3]))
 
 
 def test_learning_starts_from_them(tiny_model):

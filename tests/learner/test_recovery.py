@@ -17,7 +17,7 @@ from maskpro_learner import LearnerError, initial_masks, recover_cli
 from maskpro_learner.checkpoints import cast_weights
 from maskpro_learner.divergence import divergence
 from maskpro_learner.recover_cli import main
-from maskpro_learner.recovery import RecoverConfig, distill, reconstruct
+from maskpro_learner.recovery import RecoverConfig, distill, reconstruct, relative_adam, set_learning_rate
 from maskpro_learner.refit import damped, low_rank_refit, refit
 
 PATTERN = NMPattern(2, 4)
@@ -107,6 +107,20 @@ def test_training_a_block_brings_it_closer_to_the_dense_one(tiny):
     reconstruct(model, tokens, masks, PATTERN, dataclasses.replace(config, block_steps=0), on_block=untrained.append)
     assert untrained[0].before == untrained[0].after == fits[0].before
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_every_step_trains(tiny):
+    config = dataclasses.replace(CONFIG, block_steps=0, steps=1)
+    start, end = reconstruct(*tiny, PATTERN, config), recover(tiny, config)
+    assert all(not torch.equal(end[name].b, start[name].b) for name in start)
+    adam, rates = relative_adam([nn.Parameter(torch.ones(3))]), []
+    for done in range(40):
+        set_learning_rate(adam, 0.1, done, 40)
+        rates.append(adam.param_groups[0]["lr"])
+    assert 0 < rates[0] < rates[1] < rates[2]  # the warm-up
+    assert rates[2] == pytest.approx(0.1, rel=0.02)
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+    assert 0 < rates[-1] < 0.001
 
 
 def test_distillation_comes_closer_to_the_dense_model_and_leaves_it_alone(tiny):

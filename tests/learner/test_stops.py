@@ -84,6 +84,7 @@ def test_ten_kills_at_random_moments_change_no_byte(
         process.join()
         assert output.exists()
         assert not output.with_suffix(".checkpoint").exists()
+    assert not list(tmp_path.glob(".*.tmp"))  # what the killed ones were writing
     assert broken.read_bytes() == whole.read_bytes()
     first, second = read_log(log, Step), read_log(whole.with_suffix(".jsonl"), Step)
     assert [(s.step, s.loss, s.tracker, s.flips) for s in first] == [

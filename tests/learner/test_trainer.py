@@ -15,7 +15,7 @@ from maskpro_kernels import NMPattern
 from maskpro_kernels.packing import check_mask
 from maskpro_learner import LearnConfig, LearnerError, initial_masks, learn_masks, select_layers
 from maskpro_learner.estimator import ESTIMATORS, make_estimator
-from maskpro_learner.masked_model import constant_logits, masked
+from maskpro_learner.masked_model import MaskedModel, constant_logits, masked
 
 PATTERN = NMPattern(2, 4)
 
@@ -211,6 +211,21 @@ def test_a_loss_that_is_not_finite_is_named(tiny):
     finally:
         with torch.no_grad():
             model.lm_head.weight.copy_(saved)
+
+
+def test_a_gradient_that_is_not_finite_is_named(tiny, monkeypatch):
+    model, tokens = tiny
+    backward = MaskedModel.backward
+
+    def overflowing(self, *arguments):
+        losses = backward(self, *arguments)
+        self.linears["model.layers.1.mlp.up_proj"].weight.grad[3, 5] = torch.inf
+        return losses
+
+    monkeypatch.setattr(MaskedModel, "backward", overflowing)
+    config = dataclasses.replace(CONFIG, estimator="first-order", draws=2)
+    with pytest.raises(LearnerError, match=r"layers.1.mlp.up_proj.weight: expected a finite gradient, found none"):
+        learn_masks(model, tokens, magnitude(model), config)
 
 
 @pytest.mark.parametrize(
