@@ -54,10 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     model, rest = _split_model(arguments)
     try:
         check_vllm_version()
+        if any(argument.startswith("--help") for argument in rest):
+            return _become_server(rest if model is None else [model, *rest], {})
         if model is None:
-            if not any(a.startswith("--help") for a in rest) and not names_flag(rest, "--config"):
-                raise ValueError("--model is required: sparse-llama, dense-llama, a folder or a hub id")
-            return _become_server(rest, {})
+            model = flag_value(with_config(rest), "--model")
+        if model is None:
+            raise ValueError("--model is required: sparse-llama, dense-llama, a folder or a hub id")
         return _serve(model, rest)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         print(f"maskpro-serve: {error}", file=sys.stderr)

@@ -61,13 +61,13 @@ def kv_cache_gib(available_bytes: int) -> int:
     return max(1, min(32, available_bytes // 4 // _GIB))
 
 
-def container_cores(cores: Sequence[int], cgroup: Path = _CGROUP) -> Sequence[int]:
-    """As many of the cores as the container's CPU quota is worth (cgroup v2), at least one."""
+def container_quota(cgroup: Path = _CGROUP) -> int | None:
+    """How many cores the container's CPU quota is worth (cgroup v2), at least one; None without a quota."""
     try:
         quota, period = (cgroup / "cpu.max").read_text().split()
-        return cores if quota == "max" else cores[: max(1, -(-int(quota) // int(period)))]
+        return None if quota == "max" else max(1, -(-int(quota) // int(period)))
     except (OSError, ValueError):
-        return cores
+        return None
 
 
 def available_memory(cgroup: Path = _CGROUP) -> int:
@@ -86,6 +86,7 @@ def choose(
     *,
     flags: frozenset[str],
     cores: Sequence[int],
+    quota: int | None,
     available_bytes: int,
     libraries: Sequence[Path],
 ) -> Defaults:
@@ -96,6 +97,7 @@ def choose(
         environment: the process's environment.
         flags: :func:`cpu_flags`.
         cores: the cores this process may use.
+        quota: how many at a time; None for all.
         available_bytes: memory that is free.
         libraries: :func:`preloads`.
     """
@@ -109,7 +111,14 @@ def choose(
             reasons.append(f"{name}={value}  ({reason})")
 
     preloaded = environment.get("LD_PRELOAD") or ":".join(map(str, libraries))
-    if len(cores) <= SMALL_MACHINE and all(flag_value(arguments, *names) in (None, "1") for names in _PARALLEL):
+    alone = all(flag_value(arguments, *names) in (None, "1") for names in _PARALLEL)
+    if alone and quota is not None and quota < len(cores):
+        # Bound to the first of them, all containers of a machine would share these; left to vLLM, each would start
+        # a thread for every core.
+        default_environment("VLLM_CPU_OMP_THREADS_BIND", "nobind", "the container's quota says how many, not which")
+        if "VLLM_CPU_OMP_THREADS_BIND" in chosen:
+            default_environment("OMP_NUM_THREADS", str(quota), "the container's CPU quota")
+    elif alone and len(cores) <= SMALL_MACHINE:
         binding = ",".join(map(str, cores))
         default_environment("VLLM_CPU_OMP_THREADS_BIND", binding, "every core; vLLM would keep one for itself")
         # GNU's OpenMP ends threads that a smaller team does not need; those it starts later would all be on one core.
@@ -146,7 +155,8 @@ def choose_here(arguments: Sequence[str]) -> Defaults:
         arguments,
         os.environ,
         flags=cpu_flags(),
-        cores=container_cores(sorted(os.sched_getaffinity(0))),
+        cores=sorted(os.sched_getaffinity(0)),
+        quota=container_quota(),
         available_bytes=available_memory(),
         libraries=preloads(),
     )

@@ -107,8 +107,8 @@ def sparsity_of(quantization: Any) -> Mapping[str, Any] | None:
     """The ``sparsity_config`` of a compressed-tensors configuration; None where there is none, or it is another's."""
     if not isinstance(quantization, Mapping):
         return None
-    # The first compressed-tensors wrote no quant_method; nobody else writes a sparsity_config.
-    if str(quantization.get("quant_method", "compressed-tensors")).lower().replace("_", "-") != "compressed-tensors":
+    # The first compressed-tensors wrote no quant_method, of which vLLM makes ""; nobody else writes a sparsity_config.
+    if str(quantization.get("quant_method") or "compressed-tensors").lower().replace("_", "-") != "compressed-tensors":
         return None
     sparsity = quantization.get("sparsity_config")
     return sparsity if isinstance(sparsity, Mapping) else None

@@ -28,6 +28,8 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 READY_PATH = "/ready"
+STREAM_ERRORS = (b'data: {"error"', b"event: error")
+"""How a stream says that it failed, in OpenAI's and in Anthropic's way."""
 _WHILE_STOPPING = ("/health", "/metrics", "/ping")
 _LAST_SECONDS = 1.0
 """Of the shutdown timeout, to tell those that are not done: once the engine is killed, vLLM answers them with 500."""
@@ -185,7 +187,7 @@ class Lifecycle:
 def _is_failure(message: Message) -> bool:
     if message["type"] == "http.response.start":
         return bool(message["status"] == 500)
-    return bytes(message.get("body", b"")).startswith((b'data: {"error"', b"event: error"))
+    return bytes(message.get("body", b"")).startswith(STREAM_ERRORS)
 
 
 def _announcing(scope: Scope, send: Send) -> Send:

@@ -15,9 +15,13 @@ from maskpro_kernels.mask_sources import MaskSource
 from maskpro_kernels.model_folder import CheckpointError, TensorInfo
 from maskpro_kernels.packed_checkpoint import SCALE_SUFFIX
 from maskpro_serve.dense_model import DenseModel
+from maskpro_serve.scheme import ROUTERS
 from maskpro_serve.zero_patterns import choose_pattern, find_zeros
 
 _GATE = "a gate of one output, which vLLM keeps dense"
+_ROUTER = "a router, which vLLM keeps dense"
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Linears that are one in vLLM, packed or dense as a whole."""
 
 
 @dataclass(frozen=True)
@@ -62,16 +66,17 @@ def plan_by_masks(model: DenseModel, masks: MaskSource) -> Plan:
                 f"{masks.path}: {name}: expected masks of the decoder's linear layers only, this is none"
             )
         masks.check(name, model.headers[name].shape)
-    packed, dense = [], {}
+    packed: list[str] = []
+    dense: dict[str, str] = {}
     for name in model.linears:
         prefix = name.removesuffix(".weight")
-        if _is_gate(model.headers[name]):
-            dense[prefix] = _GATE
+        if (reason := _why_dense(model.headers[name])) is not None:
+            dense[prefix] = reason
         elif masks.names is None or name in masks.names:
             packed.append(prefix)
         else:
             dense[prefix] = "there is no mask for it"
-    return Plan(masks.pattern, tuple(packed), dense)
+    return Plan(masks.pattern, *_fused_alike(packed, dense))
 
 
 def plan_by_zeros(model: DenseModel, pattern: NMPattern | None, advance: Callable[[int], None]) -> Plan:
@@ -83,7 +88,7 @@ def plan_by_zeros(model: DenseModel, pattern: NMPattern | None, advance: Callabl
         advance: called with the bytes read.
 
     Raises:
-        CheckpointError: no linear satisfies it, or any.
+        CheckpointError: no linear satisfies it, or any, or only some of those that vLLM fuses.
     """
     zeros = {}
     for name in model.linears:
@@ -95,25 +100,45 @@ def plan_by_zeros(model: DenseModel, pattern: NMPattern | None, advance: Callabl
             f"{model.folder}: a dense model: the zeros of its {len(zeros)} linears satisfy no N:M that would make it "
             "smaller; learn a mask with maskpro-learn, or give --mask"
         )
-    packed, dense, found = [], {}, {}
+    satisfying: list[str] = []
+    dense: dict[str, str] = {}
+    found = {}
     for name, each in zeros.items():
         prefix = name.removesuffix(".weight")
         if (tightest := each.tightest) is not None:
             found[prefix] = str(tightest)
-        if _is_gate(model.headers[name]):
-            dense[prefix] = _GATE
+        if (reason := _why_dense(model.headers[name])) is not None:
+            dense[prefix] = reason
         elif each.satisfies(chosen):
-            packed.append(prefix)
+            satisfying.append(prefix)
         else:
             dense[prefix] = each.why_not(chosen)
+    packed, dense = _fused_alike(satisfying, dense)
     if not packed:
         raise CheckpointError(f"{model.folder}: no linear satisfies {chosen}; learn a mask with maskpro-learn")
-    return Plan(chosen, tuple(packed), dense, found)
+    return Plan(chosen, packed, dense, found)
 
 
-def _is_gate(info: TensorInfo) -> bool:
-    """Whether a linear scales a whole layer, as Qwen2-MoE's ``shared_expert_gate`` does its shared expert."""
-    return info.shape[0] == 1
+def _why_dense(info: TensorInfo) -> str | None:
+    """Why a linear is not packed whatever its zeros; None if it may be.
+
+    A gate scales a whole layer, as Qwen2-MoE's ``shared_expert_gate`` does its shared expert.
+    """
+    if info.shape[0] == 1:
+        return _GATE
+    return _ROUTER if info.name.split(".")[-2] in ROUTERS else None
+
+
+def _fused_alike(packed: list[str], dense: dict[str, str]) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Leaves dense what vLLM fuses with a dense linear: such a layer could not be served."""
+    reasons: dict[str, str] = {}
+    for prefix in packed:
+        parent, _, name = prefix.rpartition(".")
+        group = next((group for group in _FUSED if name in group), ())
+        left = [other for part in group if (other := f"{parent}.{part}") in dense]
+        if left:
+            reasons[prefix] = f"vLLM fuses it with {left[0]}, which stays dense"
+    return tuple(prefix for prefix in packed if prefix not in reasons), dense | reasons
 
 
 def packed_specs(info: TensorInfo, pattern: NMPattern, values: str | None) -> list[TensorSpec]:

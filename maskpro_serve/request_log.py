@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from logging.handlers import WatchedFileHandler
 
-from maskpro_serve.lifecycle import READY_PATH, App, Message, Receive, Scope, Send
+from maskpro_serve.lifecycle import READY_PATH, STREAM_ERRORS, App, Message, Receive, Scope, Send
 from maskpro_serve.metrics import REQUESTS
 
 FILE_VARIABLE = "MASKPRO_REQUEST_LOG"
@@ -45,7 +45,7 @@ class _Answer:
         # Within a JSON string these quotes would be escaped: no prompt or answer can look like them.
         if b'"usage":{' in body:
             self.usage = body
-        if body.startswith(b'data: {"error"'):
+        if body.startswith(STREAM_ERRORS):
             self.error = True
         self.complete = not message.get("more_body", False)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.models.utils import WeightsMapper
 from vllm.platforms import current_platform
 
 import maskpro_kernels.ops  # noqa: F401  (registers torch.ops.maskpro in every vLLM process)
@@ -20,14 +22,10 @@ from maskpro_serve.legacy import LegacyFormat, claims
 from maskpro_serve.metrics import LayerTally
 from maskpro_serve.quantization.head import HeadMethod
 from maskpro_serve.quantization.linear import NMLinearMethod
-from maskpro_serve.scheme import LinearScheme, scheme_of_packed
+from maskpro_serve.scheme import ROUTERS, LinearScheme, scheme_of_packed
 from maskpro_serve.served import check_served, stored_dtype
 
 logger = logging.getLogger("vllm.maskpro")
-
-_ROUTERS = ("gate", "router")
-"""What a mixture's router is called: a linear layer in vLLM but not in transformers, so it is never packed, and
-`ignore` does not name it."""
 
 
 class MaskProConfig(QuantizationConfig):
@@ -109,6 +107,24 @@ class MaskProConfig(QuantizationConfig):
             check_served(folder, contents=False)
             self.stored = stored_dtype(folder) or self.stored
 
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
+        """Adds vLLM's names of modules to the checkpoint's, which stay: this may be called more than once."""
+
+        def both(names: tuple[str, ...]) -> tuple[str, ...]:
+            paths = [name for name in names if "." in name and not name.startswith("re:")]
+            return tuple(dict.fromkeys([*names, *hf_to_vllm_mapper.apply_list(paths)]))
+
+        if isinstance(self.format, PackedFormat):
+            self.format = replace(self.format, ignore=both(self.format.ignore))
+        else:
+            self.format = replace(
+                self.format,
+                targets=both(self.format.targets),
+                ignore=both(self.format.ignore),
+                groups=tuple((both(targets), scheme) for targets, scheme in self.format.groups),
+                unquantized=both(self.format.unquantized),
+            )
+
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, ParallelLMHead):
             return HeadMethod(self.stored)
@@ -116,10 +132,12 @@ class MaskProConfig(QuantizationConfig):
             if prefix.rpartition(".")[2].endswith("experts"):
                 self.tally.experts()
             return None
-        if isinstance(self.format, PackedFormat) and prefix.rpartition(".")[2] in _ROUTERS:
-            return UnquantizedLinearMethod()
+        if isinstance(self.format, PackedFormat) and prefix.rpartition(".")[2] in ROUTERS:
+            return UnquantizedLinearMethod()  # whether `ignore` names it or not: to transformers it may be no linear
         names = self._checkpoint_names(prefix)
         schemes = {self._scheme(name) for name in names}
+        if schemes == {None, LinearScheme(compressed=False)}:
+            schemes = {LinearScheme(compressed=False)}  # all are plain weights: their zeros decide
         if len(schemes) > 1:
             raise CheckpointError(
                 f"{prefix}: vLLM fuses {', '.join(names)}, but they are not all packed, and quantized, in the same way"

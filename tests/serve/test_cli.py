@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from processes import run_python
 
-from maskpro_serve import plugin
+from maskpro_serve import cli, plugin
 from maskpro_serve.arguments import flag_value, names_flag, with_config
 from maskpro_serve.cli import main
-from maskpro_serve.cpu_defaults import available_memory, choose, container_cores
+from maskpro_serve.cpu_defaults import available_memory, choose, container_quota
 
 EXECUTOR = ["--distributed-executor-backend", "maskpro_serve.executor.OneProcessExecutor"]
 WORKER = ["--worker-cls", "maskpro_serve.worker.SeededCPUWorker"]
@@ -120,7 +120,13 @@ def test_vllm_versions(monkeypatch, capsys, found):
 
 def test_cpu_defaults_yield_to_the_user():
     iomp = Path("/lib/libiomp5.so")
-    machine = {"flags": frozenset({"avx2"}), "cores": [0, 1], "available_bytes": 20 << 30, "libraries": [iomp]}
+    machine = {
+        "flags": frozenset({"avx2"}),
+        "cores": [0, 1],
+        "quota": None,
+        "available_bytes": 20 << 30,
+        "libraries": [iomp],
+    }
     chosen = choose([], {}, **machine)
     assert chosen.environment == {
         "VLLM_CPU_OMP_THREADS_BIND": "0,1",
@@ -146,7 +152,13 @@ def test_cpu_defaults_yield_to_the_user():
 )
 def test_one_process_only_where_we_bind_its_threads(theirs):
     libraries = [Path("/lib/libiomp5.so")] if theirs.get("LD_PRELOAD") != "" else []
-    machine = {"flags": frozenset({"amx_bf16"}), "cores": [0, 1], "available_bytes": 20 << 30, "libraries": libraries}
+    machine = {
+        "flags": frozenset({"amx_bf16"}),
+        "cores": [0, 1],
+        "quota": None,
+        "available_bytes": 20 << 30,
+        "libraries": libraries,
+    }
     chosen = choose([], theirs, **machine)
     assert chosen.flags == WORKER
     assert "KMP_BLOCKTIME" not in chosen.environment
@@ -155,19 +167,38 @@ def test_one_process_only_where_we_bind_its_threads(theirs):
 
 @pytest.mark.parametrize("flag", ["-pp", "--data-parallel-size", "--tensor_parallel_size"])
 def test_threads_are_left_to_vllm_where_they_are_shared(flag):
-    machine = {"flags": frozenset(), "available_bytes": 20 << 30, "libraries": [Path("/lib/libiomp5.so")]}
+    machine = {
+        "flags": frozenset(),
+        "quota": None,
+        "available_bytes": 20 << 30,
+        "libraries": [Path("/lib/libiomp5.so")],
+    }
     for chosen in choose([flag, "2"], {}, cores=[0, 1], **machine), choose([], {}, cores=range(64), **machine):
         assert "VLLM_CPU_OMP_THREADS_BIND" not in chosen.environment
         assert "--distributed-executor-backend" not in chosen.flags
     assert choose([flag, "1"], {}, cores=[0, 1], **machine) == choose([], {}, cores=[0, 1], **machine)
 
 
+@pytest.mark.parametrize("cores", [[0, 1, 2, 3], range(64)])
+def test_a_quota_says_how_many_threads_and_not_where(cores):
+    machine = {"flags": frozenset({"amx_bf16"}), "available_bytes": 20 << 30, "libraries": [Path("/lib/libiomp5.so")]}
+    chosen = choose([], {}, cores=cores, quota=2, **machine)
+    assert chosen.environment.items() >= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "2"}.items()
+    assert chosen.flags == WORKER
+    theirs = choose([], {"VLLM_CPU_OMP_THREADS_BIND": "2,3"}, cores=cores, quota=2, **machine)
+    assert not theirs.environment.keys() & {"VLLM_CPU_OMP_THREADS_BIND", "OMP_NUM_THREADS"}
+    whole = [choose([], {}, cores=cores, quota=quota, **machine) for quota in (len(cores), None)]
+    assert whole[0] == whole[1]
+    assert "OMP_NUM_THREADS" not in whole[0].environment
+    assert "OMP_NUM_THREADS" not in choose(["-tp", "2"], {}, cores=cores, quota=2, **machine).environment
+
+
 def test_defaults_respect_a_container(tmp_path):
-    assert list(container_cores([0, 1, 2, 3], tmp_path)) == [0, 1, 2, 3]  # no cgroup
+    assert container_quota(tmp_path) is None  # no cgroup
     (tmp_path / "cpu.max").write_text("150000 100000\n")
-    assert list(container_cores([0, 1, 2, 3], tmp_path)) == [0, 1]
+    assert container_quota(tmp_path) == 2
     (tmp_path / "cpu.max").write_text("max 100000\n")
-    assert list(container_cores([0, 1, 2, 3], tmp_path)) == [0, 1, 2, 3]
+    assert container_quota(tmp_path) is None
     (tmp_path / "memory.max").write_text("3000000\n")
     (tmp_path / "memory.current").write_text("1000000\n")
     assert available_memory(tmp_path) == 2000000
@@ -192,6 +223,21 @@ def test_a_config_file_is_asked_as_well(tmp_path):
     assert names_flag(given, "--enforce-eager")
     assert not names_flag(given, "--enable-prefix-caching")
     assert with_config(["--dtype", "auto"]) == ["--dtype", "auto"]
+
+
+def test_a_model_that_only_a_config_file_names(tiny, tmp_path, monkeypatch, capsys):
+    started = []
+    monkeypatch.setattr(cli, "_become_server", lambda arguments, environment: started.append(arguments) or 0)
+    config = tmp_path / "config.yaml"
+    config.write_text(f"model: {tiny['packed']}\nport: 8001\n")
+    assert main(["--config", str(config)]) == 0
+    assert started[0][0] == str(tiny["packed"])
+    assert started[0][-2:] == ["--config", str(config)]
+    assert WORKER[0] in started[0]  # with all the defaults
+    config.write_text("port: 8001\n")
+    capsys.readouterr()
+    assert main(["--config", str(config)]) == 2
+    assert "--model is required" in one_sentence(capsys.readouterr(), "maskpro-serve")
 
 
 @pytest.mark.parametrize("text", ["- 1", "a: [", "", None])

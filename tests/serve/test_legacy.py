@@ -148,6 +148,7 @@ def test_what_cannot_be_served_is_one_sentence(name, path, value, message):
         (changed(quantization(DENSE), "quant_method", "compressed_tensors"), True),
         (changed(quantization(DENSE), "quant_method", "gptq"), False),
         ({key: value for key, value in quantization(DENSE).items() if key != "quant_method"}, True),
+        (changed(quantization(DENSE), "quant_method", ""), True),  # as vLLM hands over one that is not there
         (changed(quantization(DENSE), "sparsity_config/targets", []), False),
         (changed(quantization(DENSE), "sparsity_config", None), False),
         (changed(quantization(DENSE), "sparsity_config/sparsity_structure", "unstructured"), False),
@@ -249,6 +250,50 @@ def test_vllm_asks_us_first_and_gets_others_back():
     assert method.override_quantization_method(other, None, hf_config=None) is None
     with pytest.raises(CheckpointError, match="strategy: expected channel or tensor, found 'group'"):
         method.from_config(changed(quantization(INT8), f"{WEIGHTS}/strategy", "group"))
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("name", [DENSE, "bitmask-bf16"])
+def test_plain_weights_may_be_fused_whatever_is_said_of_their_zeros(name):
+    from vllm.model_executor.layers.linear import LinearBase
+
+    from maskpro_serve.quantization.config import MaskProConfig
+    from maskpro_serve.quantization.linear import NMLinearMethod
+
+    up, fused = UP, UP.replace("up_proj", "gate_up_proj")
+    config = MaskProConfig.from_config(changed(quantization(name), "sparsity_config/ignore", ["lm_head", up]))
+    config.packed_modules_mapping = {"gate_up_proj": ["gate_proj", "up_proj"]}
+    layer = LinearBase.__new__(LinearBase)
+    if name == DENSE:
+        assert isinstance(config.get_quant_method(layer, fused), NMLinearMethod)
+    else:
+        with pytest.raises(CheckpointError, match=r"vLLM fuses .* not all packed, and quantized, in the same way"):
+            config.get_quant_method(layer, fused)
+
+
+@pytest.mark.vllm
+def test_names_that_vllm_changes_are_known_in_both_ways():
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    from maskpro_serve.quantization.config import MaskProConfig
+
+    mapper = WeightsMapper(orig_to_new_prefix={"model.": "decoder."}, orig_to_new_substr={".conv.": ".short_conv."})
+    packed = {"quant_method": "maskpro", "format": "nm-bitmask", "format_version": 1, "pattern": "2:4"}
+    config = MaskProConfig.from_config(packed | {"ignore": ["model.layers.0.conv.in_proj", "lm_head"]})
+    for _ in range(2):
+        config.apply_vllm_mapper(mapper)
+        assert config.format.ignore == (
+            "model.layers.0.conv.in_proj", "lm_head", "decoder.layers.0.short_conv.in_proj",
+        )  # fmt: skip
+    legacy = quantization(INT8)
+    legacy["sparsity_config"] |= {"targets": ["re:model.*up_proj", "Linear"], "ignore": [UP]}
+    down = UP.replace("up_proj", "down_proj")
+    legacy["config_groups"]["group_0"]["targets"] = [down]
+    config = MaskProConfig.from_config(legacy)
+    config.apply_vllm_mapper(mapper)
+    assert config.format.targets == ("re:model.*up_proj", "Linear")
+    assert config.format.scheme(UP.replace("model.", "decoder.", 1)) is None
+    assert config.format.scheme(down.replace("model.", "decoder.", 1)).values == torch.int8
 
 
 DAMAGES = {

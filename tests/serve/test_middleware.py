@@ -208,6 +208,7 @@ def test_ids(process, lines, given, kept):
         ([b'data: {"text":"\\"usage\\":{\\"prompt_tokens\\":1}"}\n\n'], (None, None), "completed"),
         ([b'{"usage":{"prompt_tokens":'], (None, None), "completed"),
         ([b'data: {"text":"a"}\n\n', b'data: {"error":{"message":"dead"}}\n\n'], (None, None), "failed"),
+        ([b"event: ping\ndata: {}\n\n", b'event: error\ndata: {"type":"error"}\n\n'], (None, None), "failed"),
     ],
 )
 def test_tokens_and_errors_are_read_from_the_answer(process, lines, pieces, tokens, outcome):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,11 +15,12 @@ from hypothesis import strategies as st
 from processes import run_python
 from safetensors.torch import load_file, save_file
 
-from maskpro_kernels import MaskFileError, NMPattern, NMWeight, read_masks, unpack
+from maskpro_kernels import MaskFileError, NMPattern, NMWeight, read_masks, unpack, write_masks
 from maskpro_kernels.model_folder import TensorInfo
 from maskpro_kernels.packing import magnitude_mask
 from maskpro_serve import CheckpointError, convert, load_packed, shard_writer
 from maskpro_serve.pack_cli import main
+from maskpro_serve.packing_plan import _why_dense
 from maskpro_serve.partial_output import partial_output
 from maskpro_serve.zero_patterns import find_zeros
 
@@ -79,6 +81,33 @@ def test_auto_decides_by_bytes_and_reports_each_layer(tiny, tmp_path, capsys):
         assert f"left dense: {prefix}: its zeros do not satisfy 2:4: a group keeps 4 of 4" in shown
         assert prefix in load_packed(tmp_path / "out")[0]["quantization_config"]["ignore"]
     same_weights(tmp_path / "out", model)
+
+
+def test_what_vllm_fuses_is_packed_as_a_whole(tiny, tmp_path):
+    """Or the checkpoint could not be served."""
+    up, key = LAYER, next(name for name in load_file(tiny["dense"] / "model.safetensors") if "k_proj" in name)
+    model = prune(shutil.copytree(tiny["dense"], tmp_path / "model"), NMPattern(2, 4), but=(up, key))
+    masks = read_masks(tiny["mask"])
+    left = {name: mask for name, mask in masks.masks.items() if name not in (up, key)}
+    write_masks(tmp_path / "mask.safetensors", left, masks.pattern)
+    by_zeros = convert(model, tmp_path / "zeros", pattern=NMPattern(2, 4))
+    by_masks = convert(tiny["dense"], tmp_path / "masks", mask=tmp_path / "mask.safetensors")
+    fused = {
+        up.replace("up", "gate"): "up_proj", key.replace("k_proj", "q_proj"): "k_proj",
+        key.replace("k_proj", "v_proj"): "k_proj",
+    }  # fmt: skip
+    for report in (by_zeros, by_masks):
+        assert len(report.packed) == 16
+        for name, other in fused.items():
+            prefix = name.removesuffix(".weight")
+            expected = f"vLLM fuses it with {prefix.rpartition('.')[0]}.{other}, which stays dense"
+            assert report.dense[prefix] == expected
+
+
+def test_a_router_is_left_dense():
+    for name, packed in (("mlp.gate", False), ("feed_forward.router", False), ("mlp.gate_proj", True)):
+        info = TensorInfo(Path("x"), f"model.layers.0.{name}.weight", torch.bfloat16, (8, 64))
+        assert (_why_dense(info) is None) == packed, name
 
 
 def test_auto_refuses_a_dense_model(tiny, tmp_path):

@@ -24,7 +24,7 @@ from maskpro_kernels import NMWeight, unpack
 from maskpro_learner import chat_corpus
 from maskpro_learner.writers import ServerWriter
 from maskpro_serve import load_packed
-from maskpro_serve.cpu_defaults import choose_here, container_cores
+from maskpro_serve.cpu_defaults import choose_here
 from maskpro_serve.models import DEFAULT_MASK, DEFAULT_RECOVERY, ModelBuildError, build_alias, resolve_model
 
 pytestmark = pytest.mark.timeout(900)
@@ -165,7 +165,7 @@ def test_a_small_machine_has_one_engine_process_and_its_threads_a_core_each(serv
         pytest.skip("vLLM's own choice of processes and cores on this machine")
     (engine,) = engine_processes(server)
     assert "Worker" not in "".join(child.name() for child in psutil.Process(server.pid).children(recursive=True))
-    cores = container_cores(sorted(os.sched_getaffinity(0)))
+    cores = sorted(os.sched_getaffinity(0))
     places = [os.sched_getaffinity(thread.id) for thread in engine.threads()]
     assert os.sched_getaffinity(engine.pid) == {cores[0]}
     assert all({core} in places for core in cores)
