@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     model, rest = _split_model(arguments)
     try:
         check_vllm_version()
-        if any(argument.startswith("--help") for argument in rest):
+        if any(argument == "-h" or argument.startswith("--help") for argument in rest):
             return _become_server(rest if model is None else [model, *rest], {})
         if model is None:
             model = flag_value(with_config(rest), "--model")

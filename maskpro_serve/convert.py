@@ -24,7 +24,7 @@ from maskpro_serve.shard_writer import RowPacker, write_rest, write_shard
 
 SHARD_BYTES = 1 << 30
 """The largest file, but for a tensor that is larger: the most that a kill makes a run do again; 7B take 8 files."""
-_LAYOUT = 2
+_LAYOUT = 3
 """Counted up when equal inputs would make other files: a partial output of another layout is not taken up."""
 
 

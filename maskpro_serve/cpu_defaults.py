@@ -111,13 +111,20 @@ def choose(
             reasons.append(f"{name}={value}  ({reason})")
 
     preloaded = environment.get("LD_PRELOAD") or ":".join(map(str, libraries))
+
+    def as_vllms_worker_waits() -> None:
+        default_environment("KMP_BLOCKTIME", "5", "ms that idle threads spin, as in vLLM's worker process")
+        default_environment("KMP_TPAUSE", "0", "idle threads stay awake, as there")
+
     alone = all(flag_value(arguments, *names) in (None, "1") for names in _PARALLEL)
     if alone and quota is not None and quota < len(cores):
         # Bound to the first of them, all containers of a machine would share these; left to vLLM, each would start
         # a thread for every core.
         default_environment("VLLM_CPU_OMP_THREADS_BIND", "nobind", "the container's quota says how many, not which")
-        if "VLLM_CPU_OMP_THREADS_BIND" in chosen:
+        if "nobind" in (environment.get("VLLM_CPU_OMP_THREADS_BIND"), chosen.get("VLLM_CPU_OMP_THREADS_BIND")):
             default_environment("OMP_NUM_THREADS", str(quota), "the container's CPU quota")
+            if "libiomp" in preloaded:
+                as_vllms_worker_waits()  # vLLM says so only of threads that it binds
     elif alone and len(cores) <= SMALL_MACHINE:
         binding = ",".join(map(str, cores))
         default_environment("VLLM_CPU_OMP_THREADS_BIND", binding, "every core; vLLM would keep one for itself")
@@ -126,8 +133,7 @@ def choose(
         if binds and not names_flag(arguments, "--distributed-executor-backend"):
             extra += ["--distributed-executor-backend", _EXECUTOR]
             reasons.append(f"--distributed-executor-backend {_EXECUTOR}  (one process less: its memory, its start)")
-            default_environment("KMP_BLOCKTIME", "5", "ms that idle threads spin, as in vLLM's worker process")
-            default_environment("KMP_TPAUSE", "0", "idle threads stay awake, as there")
+            as_vllms_worker_waits()
     if not names_flag(arguments, "--worker-cls"):
         extra += ["--worker-cls", _WORKER]
         reasons.append(f"--worker-cls {_WORKER}  (vLLM's own dies of a seed whose prompt is read in two steps)")

@@ -14,14 +14,9 @@ from maskpro_kernels.files import TensorSpec
 from maskpro_kernels.mask_sources import MaskSource
 from maskpro_kernels.model_folder import CheckpointError, TensorInfo
 from maskpro_kernels.packed_checkpoint import SCALE_SUFFIX
+from maskpro_kernels.servable import fused_with, why_dense
 from maskpro_serve.dense_model import DenseModel
-from maskpro_serve.scheme import ROUTERS
-from maskpro_serve.zero_patterns import choose_pattern, find_zeros
-
-_GATE = "a gate of one output, which vLLM keeps dense"
-_ROUTER = "a router, which vLLM keeps dense"
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Linears that are one in vLLM, packed or dense as a whole."""
+from maskpro_serve.zero_patterns import Zeros, choose_pattern, find_zeros
 
 
 @dataclass(frozen=True)
@@ -55,7 +50,8 @@ def plan_by_masks(model: DenseModel, masks: MaskSource) -> Plan:
     """Packs what there are masks of; a linear without one stays dense.
 
     Raises:
-        CheckpointError, MaskFileError: a mask is of no linear of this model, or of another shape.
+        CheckpointError, MaskFileError: a mask is of no linear of this model, or of another shape, or there is none of
+            what can be packed.
     """
     linears = set(model.linears)
     for name in sorted(masks.names if masks.names is not None else linears):
@@ -76,7 +72,12 @@ def plan_by_masks(model: DenseModel, masks: MaskSource) -> Plan:
             packed.append(prefix)
         else:
             dense[prefix] = "there is no mask for it"
-    return Plan(masks.pattern, *_fused_alike(packed, dense))
+    plan = Plan(masks.pattern, *_fused_alike(packed, dense))
+    if not plan.packed:
+        first = next(iter([*packed, *dense]), None)
+        why = "it has none" if first is None else f"{first}: {plan.dense[first]}"
+        raise CheckpointError(f"{masks.path}: no linear of {model.folder} can be packed: {why}")
+    return plan
 
 
 def plan_by_zeros(model: DenseModel, pattern: NMPattern | None, advance: Callable[[int], None]) -> Plan:
@@ -94,7 +95,8 @@ def plan_by_zeros(model: DenseModel, pattern: NMPattern | None, advance: Callabl
     for name in model.linears:
         zeros[name] = find_zeros(model.headers[name])
         advance(model.headers[name].nbytes)
-    chosen = pattern or choose_pattern(zeros, model.headers)
+    usable = {name: each for name, each in zeros.items() if _why_dense(model.headers[name]) is None}
+    chosen = pattern or choose_pattern(_as_fused(usable), model.headers)
     if chosen is None:
         raise CheckpointError(
             f"{model.folder}: a dense model: the zeros of its {len(zeros)} linears satisfy no N:M that would make it "
@@ -114,29 +116,32 @@ def plan_by_zeros(model: DenseModel, pattern: NMPattern | None, advance: Callabl
         else:
             dense[prefix] = each.why_not(chosen)
     packed, dense = _fused_alike(satisfying, dense)
+    if satisfying and not packed:
+        raise CheckpointError(f"{model.folder}: {satisfying[0]}: cannot be packed: {dense[satisfying[0]]}")
     if not packed:
         raise CheckpointError(f"{model.folder}: no linear satisfies {chosen}; learn a mask with maskpro-learn")
     return Plan(chosen, packed, dense, found)
 
 
 def _why_dense(info: TensorInfo) -> str | None:
-    """Why a linear is not packed whatever its zeros; None if it may be.
+    return why_dense(info.name.removesuffix(".weight"), info.shape[0])
 
-    A gate scales a whole layer, as Qwen2-MoE's ``shared_expert_gate`` does its shared expert.
-    """
-    if info.shape[0] == 1:
-        return _GATE
-    return _ROUTER if info.name.split(".")[-2] in ROUTERS else None
+
+def _as_fused(zeros: dict[str, Zeros]) -> dict[str, Zeros]:
+    """What each may be packed to together with those that vLLM fuses it with, by weight name."""
+    fused = {}
+    for name, own in zeros.items():
+        names = (f"{other}.weight" for other in fused_with(name.removesuffix(".weight")))
+        group = [own, *(zeros[other] for other in names if other in zeros)]
+        fused[name] = Zeros(own.in_features, {m: max(each.most.get(m, m) for each in group) for m in own.most})
+    return fused
 
 
 def _fused_alike(packed: list[str], dense: dict[str, str]) -> tuple[tuple[str, ...], dict[str, str]]:
     """Leaves dense what vLLM fuses with a dense linear: such a layer could not be served."""
     reasons: dict[str, str] = {}
     for prefix in packed:
-        parent, _, name = prefix.rpartition(".")
-        group = next((group for group in _FUSED if name in group), ())
-        left = [other for part in group if (other := f"{parent}.{part}") in dense]
-        if left:
+        if left := [other for other in fused_with(prefix) if other in dense]:
             reasons[prefix] = f"vLLM fuses it with {left[0]}, which stays dense"
     return tuple(prefix for prefix in packed if prefix not in reasons), dense | reasons
 

@@ -8,9 +8,6 @@ import torch
 
 from maskpro_kernels.packed_checkpoint import PackedFormat
 
-ROUTERS = ("gate", "router")
-"""What a mixture's router is called: vLLM computes it with a dense weight, so it is never packed."""
-
 
 @dataclass(frozen=True)
 class LinearScheme:

@@ -13,10 +13,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from maskpro_kernels.files import remove_unfinished, write_safetensors
+from maskpro_kernels.files import write_safetensors
 from maskpro_learner.errors import LearnerError
 
-_VERSION = "2"
+_VERSION = "3"
 Found = TypeVar("Found", covariant=True)
 
 
@@ -52,8 +52,6 @@ def run_steps(
     """
     if run.done > steps:
         raise LearnerError(f"{checkpoint}: expected at most {steps} steps done, found {run.done}: give as many or more")
-    if checkpoint is not None:
-        remove_unfinished(checkpoint)
     written = time.monotonic()
     while run.done < steps and not stop():
         on_step(run.advance())

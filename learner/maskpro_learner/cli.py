@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from maskpro_kernels import NMPattern, write_masks
-from maskpro_kernels.files import file_sha256
+from maskpro_kernels.files import file_sha256, remove_unfinished
 from maskpro_kernels.mask_sources import SOURCES
 from maskpro_kernels.masks import ENCODINGS
 from maskpro_learner.calibration import calibration_blocks, source_name
@@ -130,6 +130,9 @@ def learn(options: argparse.Namespace, console: Console, world: World = ALONE) -
         options.output, (files.checkpoint, files.log, files.curve) if options.steps else (),
         [options.model, *options.calibration, *([source] if source else [])],
     )  # fmt: skip
+    if world.is_first:  # before any other process has begun to learn, and so to write
+        for path in (options.output, files.checkpoint):
+            remove_unfinished(path)
     check_model(options.model)
     if options.encoding == "states" and pattern.m != 4:
         raise LearnerError(f"--encoding states is for groups of 4, found pattern {pattern}: use bitmask")

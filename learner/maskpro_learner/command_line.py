@@ -58,7 +58,9 @@ def check_ids(model: PreTrainedModel, name: str, tokens: Tensor) -> None:
     Raises:
         ModelError: its embedding does not have them, or its context is shorter.
     """
-    context = getattr(model.config, "max_position_embeddings", None) or math.inf
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None) or 0  # some say -1 for none, and ALiBi has none
+    context = math.inf if limit < 1 or getattr(config, "alibi", False) else limit
     if tokens.shape[-1] > context:
         raise ModelError(
             f"{name}: --length: the model's context has {context} tokens, found blocks of {tokens.shape[-1]}"

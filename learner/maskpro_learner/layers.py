@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from maskpro_kernels import NMPattern
+from maskpro_kernels.servable import why_dense
 from maskpro_learner.errors import ModelError
 
 
@@ -58,7 +59,7 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 def select_layers(
     model: nn.Module, pattern: NMPattern, *, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()
 ) -> PrunableLayers:
-    """Selects the linears of the decoder blocks; embeddings and the output head are outside them and stay dense.
+    """Selects the linears of the decoder blocks that can be served sparse; embeddings and the output head are outside.
 
     Args:
         model: a Hugging Face causal language model.
@@ -80,6 +81,8 @@ def select_layers(
                 dense[name] = "not included"
             elif any(fnmatchcase(name, glob) for glob in exclude):
                 dense[name] = "excluded"
+            elif (reason := why_dense(name, linear.out_features)) is not None:
+                dense[name] = reason
             elif not pattern.divides(linear.in_features):
                 dense[name] = f"{pattern.m} does not divide in_features = {linear.in_features}"
             else:

@@ -94,7 +94,9 @@ class MaskedModel:
         return sum(int(flips) for flips in self._flips.values())
 
     def backward(self, model: nn.Module, blocks: Tensor) -> Tensor:
-        """Adds the gradient of a batch's summed loss to the masked weights: a mean's would be lost in float16.
+        """Adds the gradient of a batch's loss to the masked weights.
+
+        It is divided by the root of the tokens of a block: in float16, a mean's would vanish and a sum's overflow.
 
         Returns:
             :func:`token_losses` of the batch.
@@ -105,7 +107,7 @@ class MaskedModel:
         try:
             with torch.enable_grad():
                 losses = token_losses(model, blocks)
-                losses.sum().backward()
+                (losses.sum() / losses.shape[1] ** 0.5).backward()
         finally:
             for weight in weights:
                 weight.requires_grad_(False)

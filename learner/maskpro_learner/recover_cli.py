@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from maskpro_kernels import LowRank, MaskFile, RecoveryFile, read_masks, read_recovery, write_recovery
-from maskpro_kernels.files import file_sha256
+from maskpro_kernels.files import file_sha256, remove_unfinished
 from maskpro_learner.calibration import calibration_blocks, source_name
 from maskpro_learner.checkpoints import cast_weights, check_model, load_model, load_tokenizer, weights_sha256
 from maskpro_learner.command_line import check_device, check_ids, check_output, other_base
@@ -93,6 +93,8 @@ def recover(options: argparse.Namespace, console: Console) -> None:
     )  # fmt: skip
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise LearnerError("torchrun: the recovery is trained by one process")
+    for path in (options.output, checkpoint):
+        remove_unfinished(path)
     check_device(options.device)
     check_model(options.model)
     file = read_masks(options.mask)

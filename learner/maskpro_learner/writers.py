@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import torch
@@ -128,11 +128,15 @@ class ServerWriter:
 
         self.tokenizer = tokenizer
         self._place = f"--server {_address(url)}"
-        self._failure = openai.OpenAIError
         # No limit: an answer comes whole, and may wait for its turn.
-        self._client = openai.OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY") or "none", timeout=None)
+        self._options: dict[str, Any] = {
+            "base_url": url,
+            "api_key": os.environ.get("OPENAI_API_KEY") or "none",
+            "timeout": None,
+        }
         try:
-            models = [model.id for model in self._client.models.list()]
+            with openai.OpenAI(**self._options) as client:
+                models = [model.id for model in client.models.list()]
         except openai.OpenAIError as error:
             raise LearnerError(f"{self._place}: {error}") from error
         if not models:
@@ -140,37 +144,46 @@ class ServerWriter:
         self.served = models[0]
 
     def write(self, texts: Sequence[str], max_new_tokens: int, temperature: float, seed: int) -> list[Written]:
-        prompts = [_ids(self.tokenizer, text) for text in texts]
-        with ThreadPoolExecutor(len(prompts)) as pool:
-            try:
-                # One request a text: the texts of one request would share its seed.
-                asked = [
-                    pool.submit(self._ask, prompt, max_new_tokens, temperature, seed + place)
-                    for place, prompt in enumerate(prompts)
-                ]
-                return [answer.result() for answer in asked]
-            except BaseException as error:
-                pool.shutdown(wait=False, cancel_futures=True)
-                self._client.close()  # or the pool would wait for answers that nobody wants
-                if isinstance(error, self._failure):
-                    raise LearnerError(f"{self._place}: {error}") from error
-                raise
+        import openai
 
-    def _ask(self, prompt: list[int], max_new_tokens: int, temperature: float, seed: int) -> Written:
-        # What is not said would be as in the model's generation_config.json.
-        answer = self._client.completions.create(
-            model=self.served, prompt=prompt, max_tokens=max_new_tokens, temperature=temperature, seed=seed, top_p=1.0,
-            presence_penalty=0.0, frequency_penalty=0.0,
-            extra_body={"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "return_token_ids": True},
-        )  # fmt: skip
-        (choice,) = answer.choices
+        prompts = [_ids(self.tokenizer, text) for text in texts]
+        try:
+            return asyncio.run(self._write(prompts, max_new_tokens, temperature, seed))
+        except openai.OpenAIError as error:
+            raise LearnerError(f"{self._place}: {error}") from error
+
+    async def _write(
+        self, prompts: Sequence[list[int]], max_new_tokens: int, temperature: float, seed: int
+    ) -> list[Written]:
+        from openai import AsyncOpenAI
+
+        async def ask(client: AsyncOpenAI, prompt: list[int], seed: int) -> Written:
+            # What is not said would be as in the model's generation_config.json.
+            answer = await client.completions.create(
+                model=self.served, prompt=prompt, max_tokens=max_new_tokens, temperature=temperature, seed=seed,
+                top_p=1.0, presence_penalty=0.0, frequency_penalty=0.0,
+                extra_body={"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "return_token_ids": True},
+            )  # fmt: skip
+            return self._read(answer.choices[0])
+
+        async with AsyncOpenAI(**self._options) as client:
+            # One request a text: the texts of one request would share its seed.
+            asked = [asyncio.ensure_future(ask(client, prompt, seed + i)) for i, prompt in enumerate(prompts)]
+            try:
+                return await asyncio.gather(*asked)
+            finally:
+                for each in asked:
+                    each.cancel()  # if one has failed, or the user has: nobody waits for the others
+
+    def _read(self, choice: Any) -> Written:
         tokens: list[int] | None = getattr(choice, "token_ids", None)
         if tokens is None:
             raise LearnerError(f"{self._place}: expected token ids in an answer, as vLLM gives, found none")
-        ended = str(choice.finish_reason)
-        if ended not in ("stop", "length"):
-            raise LearnerError(f"{self._place}: expected an answer that ends by stop or length, found {ended}")
-        return (tokens[:-1], True) if ended == "stop" else (tokens, False)  # the last one ended the turn
+        if choice.finish_reason not in ("stop", "length"):
+            raise LearnerError(
+                f"{self._place}: expected an answer that ends by stop or length, found {choice.finish_reason}"
+            )
+        return (tokens[:-1], True) if choice.finish_reason == "stop" else (tokens, False)  # the last ended the turn
 
 
 def _address(url: str) -> str:

@@ -6,24 +6,27 @@ import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-from vllm.model_executor.models.utils import WeightsMapper
 from vllm.platforms import current_platform
 
 import maskpro_kernels.ops  # noqa: F401  (registers torch.ops.maskpro in every vLLM process)
 from maskpro_kernels.packing import WEIGHT_DTYPES
+from maskpro_kernels.servable import ROUTERS
 from maskpro_serve.checkpoint import CheckpointError, PackedFormat
 from maskpro_serve.legacy import LegacyFormat, claims
 from maskpro_serve.metrics import LayerTally
 from maskpro_serve.quantization.head import HeadMethod
 from maskpro_serve.quantization.linear import NMLinearMethod
-from maskpro_serve.scheme import ROUTERS, LinearScheme, scheme_of_packed
+from maskpro_serve.scheme import LinearScheme, scheme_of_packed
 from maskpro_serve.served import check_served, stored_dtype
+
+if TYPE_CHECKING:
+    from vllm.model_executor.models.utils import WeightsMapper
 
 logger = logging.getLogger("vllm.maskpro")
 

@@ -61,6 +61,8 @@ def test_ten_kills_at_random_moments_change_no_byte(
     broken, whole = tmp_path / "broken.safetensors", tmp_path / "whole.safetensors"
     arguments = run(broken, steps, "--estimator", estimator)
     log = broken.with_suffix(".jsonl")
+    for path in (broken, broken.with_suffix(".checkpoint")):
+        (tmp_path / f".{path.name}.killed.tmp").write_bytes(b"a part")
     chance = random.Random(20260614)
 
     def lines() -> int:

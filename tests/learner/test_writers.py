@@ -22,8 +22,12 @@ class Stub(ThreadingHTTPServer):
     choice: dict[str, Any]
     status = 200
 
+    daemon_threads = True
+    silent = False  # on prompts of one token
+
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
+        self.closing = threading.Event()
         self.asked: list[dict[str, Any]] = []
         self.keys: set[str] = set()
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
@@ -40,6 +44,8 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.asked.append(body)
         self.server.keys.add(self.headers["Authorization"])
+        if self.server.silent and len(body["prompt"]) == 1:
+            self.server.closing.wait()
         if self.server.status != 200:
             self._send(self.server.status, {"error": {"message": "the prompt is too long", "code": self.server.status}})
             return
@@ -66,6 +72,7 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stub]:
     with Stub() as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
+        server.closing.set()
         server.shutdown()
 
 
@@ -102,6 +109,14 @@ def test_answers_that_are_none(
     stub.choice = choice
     with pytest.raises(LearnerError, match=f"--server {stub.url}: {message}"):
         ServerWriter(stub.url, tokenizer).write(["rain", "cat"], 3, temperature=0.0, seed=0)
+
+
+@pytest.mark.timeout(60)
+def test_after_a_failure_nobody_waits_for_the_other_answers(stub: Stub, tokenizer: PreTrainedTokenizerFast) -> None:
+    stub.silent, stub.choice = True, {"finish_reason": "abort", "token_ids": [7]}
+    with pytest.raises(LearnerError, match="found abort"):
+        ServerWriter(stub.url, tokenizer).write(["rain", "the cat", "rain"], 3, temperature=0.0, seed=0)
+    assert len(stub.asked) == 3
 
 
 def test_what_the_server_refuses_is_said(stub: Stub, tokenizer: PreTrainedTokenizerFast) -> None:

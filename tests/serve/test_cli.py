@@ -183,10 +183,13 @@ def test_threads_are_left_to_vllm_where_they_are_shared(flag):
 def test_a_quota_says_how_many_threads_and_not_where(cores):
     machine = {"flags": frozenset({"amx_bf16"}), "available_bytes": 20 << 30, "libraries": [Path("/lib/libiomp5.so")]}
     chosen = choose([], {}, cores=cores, quota=2, **machine)
-    assert chosen.environment.items() >= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "2"}.items()
+    wanted = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "2", "KMP_BLOCKTIME": "5", "KMP_TPAUSE": "0"}
+    assert chosen.environment.items() >= wanted.items()
     assert chosen.flags == WORKER
     theirs = choose([], {"VLLM_CPU_OMP_THREADS_BIND": "2,3"}, cores=cores, quota=2, **machine)
-    assert not theirs.environment.keys() & {"VLLM_CPU_OMP_THREADS_BIND", "OMP_NUM_THREADS"}
+    assert not theirs.environment.keys() & wanted.keys()
+    theirs = choose([], {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}, cores=cores, quota=2, **machine)
+    assert theirs.environment["OMP_NUM_THREADS"] == "2"
     whole = [choose([], {}, cores=cores, quota=quota, **machine) for quota in (len(cores), None)]
     assert whole[0] == whole[1]
     assert "OMP_NUM_THREADS" not in whole[0].environment
@@ -228,6 +231,7 @@ def test_a_config_file_is_asked_as_well(tmp_path):
 def test_a_model_that_only_a_config_file_names(tiny, tmp_path, monkeypatch, capsys):
     started = []
     monkeypatch.setattr(cli, "_become_server", lambda arguments, environment: started.append(arguments) or 0)
+    monkeypatch.setattr(cli, "_runs_on_cpu", lambda: True)
     config = tmp_path / "config.yaml"
     config.write_text(f"model: {tiny['packed']}\nport: 8001\n")
     assert main(["--config", str(config)]) == 0
@@ -238,6 +242,14 @@ def test_a_model_that_only_a_config_file_names(tiny, tmp_path, monkeypatch, caps
     capsys.readouterr()
     assert main(["--config", str(config)]) == 2
     assert "--model is required" in one_sentence(capsys.readouterr(), "maskpro-serve")
+
+
+@pytest.mark.parametrize("ask", ["-h", "--help=all"])
+def test_help_builds_no_model(monkeypatch, ask):
+    started = []
+    monkeypatch.setattr(cli, "_become_server", lambda arguments, environment: started.append(arguments) or 0)
+    assert main(["--model", "sparse-llama", ask]) == 0
+    assert started == [["sparse-llama", ask]]
 
 
 @pytest.mark.parametrize("text", ["- 1", "a: [", "", None])

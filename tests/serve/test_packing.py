@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from maskpro_kernels import MaskFileError, NMPattern, NMWeight, read_masks, unpack, write_masks
 from maskpro_kernels.model_folder import TensorInfo
 from maskpro_kernels.packing import magnitude_mask
+from maskpro_kernels.servable import why_dense
 from maskpro_serve import CheckpointError, convert, load_packed, shard_writer
 from maskpro_serve.pack_cli import main
-from maskpro_serve.packing_plan import _why_dense
 from maskpro_serve.partial_output import partial_output
 from maskpro_serve.zero_patterns import find_zeros
 
@@ -104,10 +103,34 @@ def test_what_vllm_fuses_is_packed_as_a_whole(tiny, tmp_path):
             assert report.dense[prefix] == expected
 
 
-def test_a_router_is_left_dense():
-    for name, packed in (("mlp.gate", False), ("feed_forward.router", False), ("mlp.gate_proj", True)):
-        info = TensorInfo(Path("x"), f"model.layers.0.{name}.weight", torch.bfloat16, (8, 64))
-        assert (_why_dense(info) is None) == packed, name
+def test_what_is_half_of_a_fused_layer_decides_nothing(tiny, tmp_path):
+    """Of q, k and v one alone is 1:4, which cannot be packed: the 6:8 of others counts."""
+
+    def sparse(tensors):
+        for name, tensor in tensors.items():
+            if "proj" in name:
+                pattern = NMPattern(1, 4) if "q_proj" in name else NMPattern(6, 8) if "down" in name else None
+                if pattern is not None:
+                    tensors[name] = torch.where(magnitude_mask(tensor, pattern), tensor, 0)
+
+    model = rewrite(shutil.copytree(tiny["dense"], tmp_path / "model"), sparse)
+    report = convert(model, tmp_path / "out", pattern="auto")
+    assert str(report.pattern) == "6:8"
+    assert {name.rpartition(".")[2] for name in report.packed} == {"down_proj"}
+    with pytest.raises(CheckpointError, match=r"q_proj: cannot be packed: vLLM fuses it with .*k_proj, which stays"):
+        convert(model, tmp_path / "none", pattern=NMPattern(1, 4))
+    masks = read_masks(tiny["mask"])
+    left = {name: mask for name, mask in masks.masks.items() if "q_proj" in name}
+    write_masks(tmp_path / "mask.safetensors", left, masks.pattern)
+    with pytest.raises(CheckpointError, match=r"mask.safetensors: no linear of .* can be packed: .*q_proj: vLLM fuses"):
+        convert(tiny["dense"], tmp_path / "none", mask=tmp_path / "mask.safetensors")
+
+
+def test_what_vllm_keeps_dense():
+    assert why_dense("model.layers.0.mlp.gate", 8) == "a router, which vLLM keeps dense"
+    assert why_dense("model.layers.0.feed_forward.router", 8) == "a router, which vLLM keeps dense"
+    assert why_dense("model.layers.0.mlp.shared_expert_gate", 1) == "a gate of one output, which vLLM keeps dense"
+    assert why_dense("model.layers.0.mlp.gate_proj", 64) is None
 
 
 def test_auto_refuses_a_dense_model(tiny, tmp_path):
