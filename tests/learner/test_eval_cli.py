@@ -118,9 +118,7 @@ def test_tasks_and_chat(
 def test_the_shipped_questions_are_asked_without_a_value(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "maskpro_learner.chat_quiz.answer", lambda writer, prompts, **_: ["No."] * len(prompts)
-    )
+    monkeypatch.setattr("maskpro_learner.chat_quiz.answer", lambda writer, prompts, **_: ["No."] * len(prompts))
     report = run([*arguments[:2], *arguments[4:], "--chat"], tmp_path / "r.json")
     assert (report["chat"]["right"], report["chat"]["total"]) == (1, 40)  # the opposite of "yes"
     assert report["text"] == []
