@@ -52,15 +52,20 @@ def check_output(output: Path, beside: Iterable[Path], inputs: Iterable[Path | s
             raise LearnerError(f"--output {output}: would write over {name}, which is an input: choose another name")
 
 
+def context_length(model: PreTrainedModel) -> float:
+    """Tokens that a model sees at most; infinity where its configuration says none."""
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None) or 0  # some say -1 for none, and ALiBi has none
+    return math.inf if limit < 1 or getattr(config, "alibi", False) else limit
+
+
 def check_ids(model: PreTrainedModel, name: str, tokens: Tensor) -> None:
     """Checks that a model knows all tokens of a text, and sees as far as its blocks are long.
 
     Raises:
         ModelError: its embedding does not have them, or its context is shorter.
     """
-    config = model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None) or 0  # some say -1 for none, and ALiBi has none
-    context = math.inf if limit < 1 or getattr(config, "alibi", False) else limit
+    context = context_length(model)
     if tokens.shape[-1] > context:
         raise ModelError(
             f"{name}: --length: the model's context has {context} tokens, found blocks of {tokens.shape[-1]}"

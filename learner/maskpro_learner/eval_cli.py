@@ -23,7 +23,7 @@ from maskpro_learner.calibration import read_text
 from maskpro_learner.chat_corpus import check_chat
 from maskpro_learner.chat_quiz import SHIPPED, Question, QuizResult, quiz, read_questions
 from maskpro_learner.checkpoints import check_model, load_tokenizer
-from maskpro_learner.command_line import check_device
+from maskpro_learner.command_line import check_device, context_length
 from maskpro_learner.errors import LearnerError, ModelError
 from maskpro_learner.evaluate import Perplexity, text_perplexity
 from maskpro_learner.packed_model import EvaluatedModel, load_for_evaluation
@@ -115,7 +115,7 @@ def choose_window(asked: int | None, loaded: EvaluatedModel) -> int:
     Raises:
         LearnerError: the model cannot see as far as asked.
     """
-    context = getattr(loaded.model.config, "max_position_embeddings", None) or math.inf
+    context = context_length(loaded.model)
     if asked is None:
         return int(min(DEFAULT_WINDOW, context))
     if asked > context:
