@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from maskpro_kernels import LowRank, NMPattern, read_recovery
+from maskpro_kernels.base_model import model_folder, other_base, weights_sha256
 from maskpro_kernels.mask_sources import MaskSource, open_masks
 from maskpro_kernels.model_folder import CheckpointError
 from maskpro_kernels.packed_checkpoint import PackedFormat
@@ -24,7 +25,7 @@ from maskpro_serve.shard_writer import RowPacker, write_rest, write_shard
 
 SHARD_BYTES = 1 << 30
 """The largest file, but for a tensor that is larger: the most that a kill makes a run do again; 7B take 8 files."""
-_LAYOUT = 3
+_LAYOUT = 4
 """Counted up when equal inputs would make other files: a partial output of another layout is not taken up."""
 
 
@@ -40,6 +41,7 @@ class ConversionReport:
         dense_bytes: bytes the same linears took before.
         found: where the model's own zeros decided, the tightest pattern of each linear that has one.
         resumed: files that an earlier, killed run had written.
+        warnings: sentences about a mask or a recovery that was made for other weights.
     """
 
     pattern: NMPattern
@@ -49,6 +51,7 @@ class ConversionReport:
     dense_bytes: int
     found: dict[str, str]
     resumed: int
+    warnings: tuple[str, ...]
 
 
 def convert(
@@ -66,7 +69,7 @@ def convert(
 
     Args:
         model: a dense Hugging Face folder with safetensors weights, or one with a compressed-tensors
-            ``sparsity_config`` of format ``dense``, which is dropped.
+            ``sparsity_config`` of format ``dense``, which is dropped; or a hub id.
         output: the folder to write; must not exist. It appears whole or not at all. What a killed run had written is
             kept beside it, and taken up by the next one.
         mask: a mask file, MaskLLM's npz, a folder of .pt masks, or a pruned checkpoint. None packs the linears that
@@ -87,12 +90,15 @@ def convert(
         FileExistsError: ``output`` exists, or another process is writing it.
 
     Memory: some rows of one tensor and their packed form, and of a mask in a zip archive one bit a weight.
+
+    The model's files are read once, and once more where the mask says which weights it was made for.
     """
-    source, target = Path(model), Path(output)
+    target = Path(output)
     if values not in (None, "int8"):
         raise CheckpointError(f"values: expected 'int8' or none, found {values!r}")
     if target.exists():
         raise FileExistsError(f"{target}: already exists; remove it or choose another --output")
+    source = model_folder(os.fspath(model))
     with reading_ahead(sorted(source.glob("*.safetensors"))):
         dense = open_dense_model(source)  # imports transformers, which takes seconds
     masks = None
@@ -106,6 +112,7 @@ def convert(
         raise CheckpointError("without --mask, --pattern must say which N:M the model's zeros satisfy, or auto")
     provenance: dict[str, Any] = {"method": "zeros of the dense checkpoint"} if masks is None else masks.provenance
     updates = _recovery(recovery, masks, dense, provenance)
+    warnings = _warnings(source, masks, recovery, provenance)
     with partial_output(target, _inputs(dense, mask, pattern, recovery, values, shard_bytes)) as partial:
         plan = _plan(partial, dense, masks, None if pattern == "auto" else pattern, progress)
         shards = plan_shards(dense, plan, values, shard_bytes)
@@ -125,7 +132,9 @@ def convert(
         if not spec.name.endswith(".shape")
     )
     dense_bytes = sum(info.nbytes for info in linears)
-    return ConversionReport(plan.pattern, plan.packed, plan.dense, packed_bytes, dense_bytes, plan.found, resumed)
+    return ConversionReport(
+        plan.pattern, plan.packed, plan.dense, packed_bytes, dense_bytes, plan.found, resumed, warnings
+    )
 
 
 def _plan(
@@ -180,6 +189,22 @@ def _recovery(
             raise CheckpointError(f"{path}: {name}: the mask file has no mask for it")
     provenance["recovery"] = dict(file.provenance)
     return file.updates
+
+
+def _warnings(
+    folder: Path, masks: MaskSource | None, recovery: str | os.PathLike[str] | None, provenance: dict[str, Any]
+) -> tuple[str, ...]:
+    """Whether the mask and the recovery were made for these weights; if not, the provenance says which these are."""
+    claims = [] if masks is None else [(masks.path, provenance)]
+    if recovery is not None:
+        claims.append((Path(recovery), provenance["recovery"]))
+    if not any("base_model_sha256" in claim for _, claim in claims):
+        return ()
+    found = weights_sha256(str(folder))
+    warnings = [warning for path, claim in claims if (warning := other_base(path, claim, found)) is not None]
+    if warnings:
+        provenance["packed_model_sha256"] = found
+    return tuple(warnings)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="maskpro-pack", description="Pack a dense Hugging Face checkpoint and its N:M mask for maskpro-serve.",
         epilog="maskpro-pack inspect DIR [--json] says what a folder holds, without loading it.",
     )  # fmt: skip
-    parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="dense model folder (safetensors)")
+    parser.add_argument("--model", required=True, metavar="DIR|HUB_ID", help="dense model with safetensors weights")
     parser.add_argument("--mask", type=Path, metavar="PATH", help=f"{SOURCES}; without it the model's own zeros count")
     parser.add_argument("--recovery", type=Path, metavar="FILE", help="recovery file made with this mask")
     parser.add_argument(
@@ -54,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("maskpro-pack: interrupted; run it again to go on", file=sys.stderr)
         return 130
+    for warning in report.warnings:
+        print(f"maskpro-pack: warning: {warning}", file=sys.stderr)
     if report.resumed:
         print(f"{report.resumed} files were there from an earlier run")
     share = report.packed_bytes / report.dense_bytes

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from maskpro_kernels import LowRank, NMWeight, recovered, to_int8
+from maskpro_kernels.base_model import MODEL_FILES
 from maskpro_kernels.bits import pack_bits, unpack_bits
 from maskpro_kernels.files import PutRows, atomic_file, safetensors_stream, write_atomically
 from maskpro_kernels.mask_sources import MaskSource, fill_up
@@ -131,10 +132,11 @@ def _put_packed(put: PutRows, info: TensorInfo, first: int, weight: NMWeight) ->
 
 
 def write_rest(folder: Path, dense: DenseModel, shards: list[Shard], packed: PackedFormat) -> None:
-    """Everything but the weights: all small files of the model, its index, and its config."""
-    skipped = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
+    """Everything but the weights: the other files that the model is served with, its index, and its config."""
+    replaced = ("*.safetensors", "*.index.json", "config.json")
     for path in sorted(dense.folder.iterdir()):
-        if path.is_file() and path.name != "config.json" and not path.name.endswith(skipped):
+        copied = any(path.match(glob) for glob in MODEL_FILES) and not any(path.match(glob) for glob in replaced)
+        if path.is_file() and copied:
             with path.open("rb") as original, atomic_file(folder / path.name) as copy:
                 shutil.copyfileobj(original, copy)
     # Written for one file too: without it, a reader cannot know that a dense tensor is missing.

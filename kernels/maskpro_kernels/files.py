@@ -186,7 +186,7 @@ def read_safetensors(path: Path, what: str, error_type: type[ValueError]) -> tup
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (safe_open is no dict)
-            return file.metadata() or {}, tensors
+            return dict(sorted((file.metadata() or {}).items())), tensors  # it has no order: each reading has another
     except FileNotFoundError as error:
         raise error_type(f"{path}: no such {what}") from error
     except (OSError, SafetensorError) as error:

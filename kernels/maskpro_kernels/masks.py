@@ -176,7 +176,7 @@ class MaskReader:
     def __init__(self, path: Path) -> None:
         self.path = path
         with self._open() as file:
-            metadata: dict[str, str] = file.metadata() or {}
+            metadata: dict[str, str] = dict(sorted((file.metadata() or {}).items()))  # each reading has another order
             names = set(file.keys())
         self.pattern, self._encoding, self.shapes = _header(path, metadata)
         expected = {f"{name}.mask" for name in self.shapes}

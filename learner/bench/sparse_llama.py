@@ -5,7 +5,8 @@
 
 Rows: dense; magnitude, Wanda, SparseGPT (mask only, and with refit) and swap search, made here from the calibration
 text; the given mask; the given mask and recovery. Columns: token and word perplexity of the text, zero-shot accuracy,
-and answers right in the chat quiz. Every finished row is in the JSON file, and is not measured again.
+and answers right in the chat quiz. Every finished row is in the JSON file, with the hashes of what it was measured on; it is
+measured again only where these differ.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from maskpro_kernels import NMPattern
-from maskpro_kernels.files import write_atomically
+from maskpro_kernels.base_model import weights_sha256
+from maskpro_kernels.files import file_sha256, write_atomically
 from maskpro_learner import calibration_blocks, initial_masks, text_perplexity
-from maskpro_learner.calibration import read_text
+from maskpro_learner.calibration import read_text, source_name
 from maskpro_learner.chat_quiz import quiz, read_questions
 from maskpro_learner.checkpoints import cast_weights, load_model, load_tokenizer
 from maskpro_learner.packed_model import load_for_evaluation
@@ -81,6 +83,21 @@ def measured(
     return {**result, "seconds": time.monotonic() - begin}
 
 
+def inputs(row: str, options: argparse.Namespace) -> dict[str, Any]:
+    """What a row's numbers are the numbers of."""
+    found = {
+        "model": weights_sha256(options.model), "text": source_name(options.text), "max_tokens": options.max_tokens,
+        "window": options.window, "tasks": [source_name(path) for path in options.tasks], "limit": options.limit,
+    }  # fmt: skip
+    if row.startswith("mask"):
+        found["mask"] = file_sha256(options.mask)
+        if row != "mask":
+            found["recovery"] = file_sha256(options.recovery)
+    elif row != "dense":
+        found["calibration"] = [source_name(path) for path in options.calibration]
+    return found
+
+
 def table(rows: dict[str, dict[str, Any]]) -> Table:
     """All rows measured so far."""
     found = Table("", "token perplexity", "word perplexity", "tasks: acc (acc_norm)", "chat")
@@ -107,7 +124,7 @@ def main() -> int:
     parser.add_argument("--tasks", nargs="+", type=Path, default=[], help="JSONL files of multiple choice")
     parser.add_argument("--limit", type=int, help="rows of every task")
     parser.add_argument("--rows", nargs="+", help="only these rows")
-    parser.add_argument("--json", required=True, type=Path, help="results; rows in it are not measured again")
+    parser.add_argument("--json", required=True, type=Path, help="results, which it goes on from")
     options = parser.parse_args()
     quiet_transformers()
     tokenizer = load_tokenizer(options.model)
@@ -117,8 +134,10 @@ def main() -> int:
     for row in (
         "dense", "mask and recovery", "mask", "Wanda", "swap", "SparseGPT", "SparseGPT and refit", "magnitude",
     ):  # fmt: skip
-        if row not in document["rows"] and (not options.rows or row in options.rows):
-            document["rows"][row] = measured(row, prepared(row, options, tokens), tokenizer, options)
+        of = inputs(row, options)
+        known = document["rows"].get(row, {}).get("of") == of
+        if not known and (not options.rows or row in options.rows):
+            document["rows"][row] = {"of": of, **measured(row, prepared(row, options, tokens), tokenizer, options)}
             write_atomically(options.json, (json.dumps(document, indent=2) + "\n").encode())
             print(row, json.dumps(document["rows"][row]), flush=True)
     Console(width=120).print(table(document["rows"]))

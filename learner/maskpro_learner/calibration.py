@@ -43,7 +43,7 @@ def read_text(path: Path) -> str:
         CalibrationError: missing, not UTF-8, or nothing in it.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # Windows marks its files
     except FileNotFoundError as error:
         raise CalibrationError(f"{path}: no such text file") from error
     except (OSError, UnicodeDecodeError) as error:
@@ -73,11 +73,22 @@ def read_documents(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[Docum
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise CalibrationError(f"{path}: line {number}: not JSON: {error}") from error
-        documents.append(_document(row, f"{path}: line {number}", tokenizer))
+        document = _document(row, f"{path}: line {number}", tokenizer)
+        if document.text.strip():  # some datasets keep their blank lines as rows
+            documents.append(document)
     return documents
 
 
 def _document(row: Any, where: str, tokenizer: PreTrainedTokenizerBase) -> Document:
+    document = _read_row(row, where, tokenizer)
+    try:
+        document.text.encode()
+    except UnicodeEncodeError as error:  # JSON may spell half a character, where a text was cut in the middle of one
+        raise CalibrationError(f"{where}: expected text, found half a surrogate pair: {error}") from error
+    return document
+
+
+def _read_row(row: Any, where: str, tokenizer: PreTrainedTokenizerBase) -> Document:
     fields = row if isinstance(row, dict) else {}
     match fields:
         case {"text": str(text)}:
@@ -152,7 +163,7 @@ def encode_source(source: Path | str, tokenizer: PreTrainedTokenizerBase, tokens
     found = 0
     for number, row in enumerate(hub_rows(source), start=1):
         document = _document(row, f"{source}: row {number}", tokenizer)
-        if document.text.strip():  # some datasets keep their blank lines as rows
+        if document.text.strip():
             encoded.append(encode(document, tokenizer))
             found += len(encoded[-1])
             if found >= tokens:

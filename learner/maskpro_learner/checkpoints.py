@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +15,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from maskpro_kernels.model_folder import CheckpointError, weight_files
+from maskpro_kernels.base_model import is_hub_id
 from maskpro_kernels.packed_checkpoint import QUANT_METHOD
 from maskpro_learner.errors import ModelError
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_CHUNK = 1 << 22
 
 
 def check_model(name: str) -> None:
@@ -37,7 +32,7 @@ def check_model(name: str) -> None:
             raise ModelError(f"{name}: expected a Hugging Face model folder, found no config.json in it")
     elif folder.exists():
         raise ModelError(f"{name}: expected a model folder, found a file")
-    elif not _HUB_ID.fullmatch(name):
+    elif not is_hub_id(name):
         raise ModelError(f"{name}: no such model folder")
 
 
@@ -62,7 +57,7 @@ def load_model(name: str, dtype: torch.dtype, device: str = "cpu") -> PreTrained
         loaded = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
     except ModelError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(f"{name}: not a readable causal language model: {_first_line(error)}") from error
     model: PreTrainedModel = loaded[0]
     if missing := sorted(loaded[1]["missing_keys"]):  # transformers would go on with random numbers in their place
@@ -102,31 +97,6 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     except Exception as error:  # a broken tokenizer.json raises a bare Exception
         raise ModelError(f"{name}: not a readable tokenizer: {_first_line(error)}") from error
     return tokenizer
-
-
-def weights_sha256(name: str) -> str | None:
-    """SHA-256 over the weight files of a model folder, one after the other in name order.
-
-    For a model in one file it is that file's own SHA-256. None for a hub id.
-    """
-    folder = Path(name)
-    if not folder.is_dir():
-        return None
-    try:
-        paths = weight_files(folder)  # a mask may lie in the same folder
-    except CheckpointError:
-        paths = sorted(folder.glob("*.bin"))
-    digest = hashlib.sha256()
-    for path in paths:
-        update_from_file(digest, path)
-    return digest.hexdigest()
-
-
-def update_from_file(digest: hashlib._Hash, path: Path) -> None:
-    """Feeds a file to a digest in pieces."""
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
 
 
 def _first_line(error: BaseException) -> str:

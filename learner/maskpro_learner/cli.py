@@ -15,11 +15,12 @@ from rich.table import Table
 from torch import Tensor
 
 from maskpro_kernels import NMPattern, write_masks
+from maskpro_kernels.base_model import other_base, weights_sha256
 from maskpro_kernels.files import file_sha256, remove_unfinished
-from maskpro_kernels.mask_sources import SOURCES
+from maskpro_kernels.mask_sources import SOURCES, MaskSource, open_masks
 from maskpro_kernels.masks import ENCODINGS
 from maskpro_learner.calibration import calibration_blocks, source_name
-from maskpro_learner.checkpoints import check_model, load_model, load_tokenizer, weights_sha256
+from maskpro_learner.checkpoints import check_model, load_model, load_tokenizer
 from maskpro_learner.command_line import check_ids, check_output
 from maskpro_learner.config import STARTS, LearnConfig
 from maskpro_learner.distributed import ALONE, World, join, leave
@@ -27,8 +28,8 @@ from maskpro_learner.errors import CalibrationError, LearnerError
 from maskpro_learner.estimator import ESTIMATORS
 from maskpro_learner.initial_masks import CALIBRATED_METHODS, METHODS, InitialMasks, Method, initial_masks
 from maskpro_learner.layers import select_layers
-from maskpro_learner.learning_log import check_drawing
-from maskpro_learner.mask_sources import masks_from_path
+from maskpro_learner.learning_log import check_drawing, check_log
+from maskpro_learner.mask_sources import masks_from_source
 from maskpro_learner.progress import progress_bar, quiet_transformers
 from maskpro_learner.run import Interrupted, RunFiles, run_learning
 from maskpro_learner.trainer import Step
@@ -76,14 +77,17 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def provenance(options: argparse.Namespace, config: LearnConfig | None, source: Path | None) -> dict[str, str]:
-    """What a mask file says about where it comes from, text to text; of the inputs as they are now."""
-    method = options.init if source is None else source.resolve().name
+def provenance(options: argparse.Namespace, config: LearnConfig | None, made: MaskSource | None) -> dict[str, str]:
+    """What a mask file says about where it comes from, text to text; of the inputs as they are now.
+
+    What the masks that it starts from say of themselves is there under ``init_``, where it differs.
+    """
+    method = options.init if made is None else made.path.resolve().name
     entries = {
         "base_model": Path(options.model).name if Path(options.model).is_dir() else options.model,
         "base_model_sha256": weights_sha256(options.model),
         "method": method,
-        "init_sha256": file_sha256(source) if source is not None and source.is_file() else None,
+        "init_sha256": file_sha256(made.path) if made is not None and made.path.is_file() else None,
         "steps": str(options.steps),
         "seed": str(options.seed),
         "dtype": options.dtype,
@@ -96,6 +100,8 @@ def provenance(options: argparse.Namespace, config: LearnConfig | None, source: 
     if method in CALIBRATED_METHODS or config is not None:
         sources = ", ".join(map(source_name, options.calibration))
         entries |= {"calibration": sources, "samples": str(options.samples), "length": str(options.length)}
+    if made is not None:
+        entries |= {f"init_{key}": value for key, value in made.provenance.items() if entries.get(key) != value}
     return {key: value for key, value in entries.items() if value is not None}
 
 
@@ -130,6 +136,8 @@ def learn(options: argparse.Namespace, console: Console, world: World = ALONE) -
         options.output, (files.checkpoint, files.log, files.curve) if options.steps else (),
         [options.model, *options.calibration, *([source] if source else [])],
     )  # fmt: skip
+    if options.steps:
+        check_log(files.log, Step)
     if world.is_first:  # before any other process has begun to learn, and so to write
         for path in (options.output, files.checkpoint):
             remove_unfinished(path)
@@ -149,9 +157,12 @@ def learn(options: argparse.Namespace, console: Console, world: World = ALONE) -
     model = load_model(options.model, getattr(torch, options.dtype), options.device)
     if tokens is not None:
         check_ids(model, options.model, tokens)
-    origin = provenance(options, config, source)
-    if source is not None:
-        result = masks_from_path(source, model, pattern, include=options.include, exclude=options.exclude)
+    made = None if source is None else open_masks(source, pattern)
+    origin = provenance(options, config, made)
+    if made is not None:
+        if (warning := other_base(made.path, made.provenance, origin.get("base_model_sha256"))) is not None:
+            print(f"maskpro-learn: warning: {warning}", file=sys.stderr)
+        result = masks_from_source(made, model, pattern, include=options.include, exclude=options.exclude)
     else:
         count = len(select_layers(model, pattern, include=options.include, exclude=options.exclude).linears)
         with progress_bar(f"{options.init} {pattern}", count) as advance:

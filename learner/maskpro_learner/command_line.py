@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,7 +13,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from maskpro_kernels.model_folder import CheckpointError, weight_files
-from maskpro_learner.checkpoints import weights_sha256
 from maskpro_learner.errors import LearnerError, ModelError
 
 
@@ -37,12 +37,16 @@ def check_output(output: Path, beside: Iterable[Path], inputs: Iterable[Path | s
         inputs: files, folders of models, which stand for their weight files, and names of other things.
 
     Raises:
-        LearnerError: another ending, no such folder, or the same file as an input.
+        LearnerError: another ending, a folder of that name, no folder to write it to, or the same file as an input.
     """
     if output.suffix != ".safetensors":
         raise LearnerError(f"--output {output}: expected a name ending in .safetensors, found {output.name!r}")
     if not output.parent.is_dir():
         raise LearnerError(f"{output}: its folder does not exist")
+    if output.is_dir():
+        raise LearnerError(f"--output {output}: expected the name of a file, found a folder")
+    if not os.access(output.parent, os.W_OK | os.X_OK):
+        raise LearnerError(f"{output}: its folder cannot be written to")
     read = {Path(name).resolve(): name for name in inputs if Path(name).exists()}
     for folder in [path for path in read if path.is_dir()]:
         with suppress(CheckpointError):  # of no safetensors files, or none of a model: what else reads it will say
@@ -72,17 +76,3 @@ def check_ids(model: PreTrainedModel, name: str, tokens: Tensor) -> None:
         )
     if int(tokens.max()) >= model.get_input_embeddings().num_embeddings:  # type: ignore[operator]
         raise ModelError(f"{name}: the tokenizer makes ids that the model's embedding does not have")
-
-
-def other_base(model: str, mask: Path, provenance: Mapping[str, str]) -> str | None:
-    """A warning if a mask was made for other weights: shapes alone do not tell a base model from its fine-tuned twin.
-
-    Args:
-        model: folder or hub id.
-        mask: the mask file.
-        provenance: what it says of itself.
-    """
-    expected, found = provenance.get("base_model_sha256"), weights_sha256(model)
-    if expected is None or found is None or expected == found:
-        return None
-    return f"{mask} was made for weights of another hash ({provenance.get('base_model', 'another model')})"

@@ -73,6 +73,25 @@ class LearningLog:
             ) from error
 
 
+def check_log(path: Path, kind: type[Numbered]) -> None:
+    """Checks that a log would be written over nothing but a log: calibration text has the same ending.
+
+    Raises:
+        LearnerError: the file begins with another thing than a step.
+    """
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        line = file.readline()
+    try:
+        if line:
+            kind(**json.loads(line))
+    except (ValueError, TypeError) as error:
+        raise LearnerError(
+            f"{path}: would be written over by the run's log, and is none: move it, or change --output"
+        ) from error
+
+
 def read_log(path: Path, kind: type[Found]) -> list[Found]:
     """The steps of a log in order, each once; a last line cut short by a kill is left out.
 

@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from maskpro_kernels import NMPattern
-from maskpro_kernels.mask_sources import open_masks
+from maskpro_kernels.mask_sources import MaskSource
 from maskpro_learner.errors import LearnerError
 from maskpro_learner.initial_masks import InitialMasks
 from maskpro_learner.layers import select_layers
 from maskpro_learner.packed_masks import PackedMasks
 
 
-def masks_from_path(
-    path: Path,
+def masks_from_source(
+    source: MaskSource,
     model: PreTrainedModel,
     pattern: NMPattern,
     *,
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
 ) -> InitialMasks:
-    """Reads masks for the selected layers of a model from whatever ``path`` is; there must be no others.
+    """Reads masks for the selected layers of a model; there must be no others.
 
     Args:
-        path: :data:`maskpro_kernels.mask_sources.SOURCES`.
+        source: from :func:`maskpro_kernels.mask_sources.open_masks`.
         model: the dense model that the masks are for; not changed.
         pattern: the pattern every mask must obey.
         include: globs of module names.
@@ -37,10 +36,9 @@ def masks_from_path(
         LearnerError: it has a mask for a layer that is not selected.
     """
     layers = select_layers(model, pattern, include=include, exclude=exclude)
-    source = open_masks(path, pattern)
     linears = {f"{name}.weight": linear for name, linear in layers.linears.items()}
     if others := sorted((source.names or frozenset()) - linears.keys()):
-        raise LearnerError(f"{path}: {others[0]}: a mask for no selected layer: is it the mask of another model?")
+        raise LearnerError(f"{source.path}: {others[0]}: a mask for no selected layer: is it of another model?")
     for name, linear in linears.items():
         source.check(name, (linear.out_features, linear.in_features))
     masks = ((name, source.read(name, linear.weight)) for name, linear in linears.items())

@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from maskpro_kernels import LowRank, NMPattern, NMWeight, read_masks, read_recovery, recovered, unpack
+from maskpro_kernels.base_model import model_folder, other_base, weights_sha256
 from maskpro_kernels.packed_checkpoint import QUANT_METHOD, PackedFormat, packed_weights
 from maskpro_learner.checkpoints import check_model, load_model
-from maskpro_learner.command_line import other_base
 from maskpro_learner.errors import LearnerError, ModelError
 from maskpro_learner.layers import apply_masks
 
@@ -76,7 +75,7 @@ def load_for_evaluation(
     if recovery is not None:
         _merge(model, file.masks, read_recovery(recovery, mask).updates, recovery)
     apply_masks(model, file.masks)
-    warning = other_base(name, mask, file.provenance)
+    warning = other_base(mask, file.provenance, weights_sha256(name))
     warnings = () if warning is None else (f"{warning}: these are the numbers of a mixture",)
     return EvaluatedModel(model, "masked", file.pattern, file.provenance, warnings)
 
@@ -132,7 +131,7 @@ def load_packed_model(name: str, dtype: torch.dtype, device: str = "cpu") -> tup
     found = packed_format(name)
     if found is None:
         raise ModelError(f"{name}: config.json: expected quantization_config.quant_method {QUANT_METHOD!r}, found none")
-    folder = Path(name) if Path(name).is_dir() else Path(snapshot_download(name))
+    folder = model_folder(name)
     try:
         config = AutoConfig.from_pretrained(folder)
         architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]

@@ -18,13 +18,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from maskpro_kernels import LowRank, MaskFile, RecoveryFile, read_masks, read_recovery, write_recovery
+from maskpro_kernels.base_model import other_base, weights_sha256
 from maskpro_kernels.files import file_sha256, remove_unfinished
 from maskpro_learner.calibration import calibration_blocks, source_name
-from maskpro_learner.checkpoints import cast_weights, check_model, load_model, load_tokenizer, weights_sha256
-from maskpro_learner.command_line import check_device, check_ids, check_output, other_base
+from maskpro_learner.checkpoints import cast_weights, check_model, load_model, load_tokenizer
+from maskpro_learner.command_line import check_device, check_ids, check_output
 from maskpro_learner.errors import LearnerError
 from maskpro_learner.layers import select_layers
-from maskpro_learner.learning_log import LearningLog, read_log
+from maskpro_learner.learning_log import LearningLog, check_log, read_log
 from maskpro_learner.progress import progress_bar, quiet_transformers
 from maskpro_learner.recovery import BlockFit, DistillStep, RecoverConfig, distill, reconstruct
 from maskpro_learner.run import Interrupted, StopRequest
@@ -91,6 +92,8 @@ def recover(options: argparse.Namespace, console: Console) -> None:
         options.output, (checkpoint, log) if options.steps else (),
         [options.model, options.mask, *options.calibration, *start],
     )  # fmt: skip
+    if options.steps:
+        check_log(log, DistillStep)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise LearnerError("torchrun: the recovery is trained by one process")
     for path in (options.output, checkpoint):
@@ -100,13 +103,13 @@ def recover(options: argparse.Namespace, console: Console) -> None:
     file = read_masks(options.mask)
     started = read_recovery(options.start, options.mask) if start else None
     config = _config(options, started)
-    if (warning := other_base(options.model, options.mask, file.provenance)) is not None:
-        print(f"maskpro-recover: warning: {warning}", file=sys.stderr)
     tokenizer = load_tokenizer(options.model)
     text: Tensor | None = None
     if config.steps:  # read before anything slow, so that too little text is known at once
         text = _text(options, config, tokenizer)
     origin = _provenance(options, config, started)
+    if (warning := other_base(options.mask, file.provenance, origin.get("base_model_sha256"))) is not None:
+        print(f"maskpro-recover: warning: {warning}", file=sys.stderr)
     model = load_model(options.model, torch.float32, options.device)
     if text is not None:
         check_ids(model, options.model, text)

@@ -68,7 +68,7 @@ def read_task_file(path: Path) -> TaskFile:
         LearnerError: missing, empty or malformed; names the file and line, expected and found.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError as error:
         raise LearnerError(f"{path}: no such task file") from error
     except (OSError, UnicodeDecodeError) as error:

@@ -124,8 +124,10 @@ class ServerWriter:
     """
 
     def __init__(self, url: str, tokenizer: PreTrainedTokenizerBase) -> None:
-        import openai
-
+        try:
+            import openai
+        except ImportError as error:
+            raise LearnerError("--server needs the openai library: pip install maskpro-serve[learn]") from error
         self.tokenizer = tokenizer
         self._place = f"--server {_address(url)}"
         # No limit: an answer comes whole, and may wait for its turn.

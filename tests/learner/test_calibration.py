@@ -43,6 +43,24 @@ def test_jsonl_kinds(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None
     assert [document.chat for document in documents] == [False, False, True]
 
 
+def test_rows_without_text_are_no_documents(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    path = write_rows(tmp_path / "a.jsonl", {"text": ""}, {"text": "one red bird"}, {"text": " \n"})
+    assert [document.text for document in read_documents(path, tokenizer)] == ["one red bird\n\n"]
+
+
+def test_half_a_surrogate_pair(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    path = write_rows(tmp_path / "a.jsonl", {"text": "one"}, {"text": "red \ud83d"})
+    with pytest.raises(CalibrationError, match=r"a\.jsonl: line 2: expected text, found half a surrogate pair"):
+        read_documents(path, tokenizer)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_the_mark_of_a_windows_file_is_no_text(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, name: str) -> None:
+    path = tmp_path / name
+    path.write_text('{"text": "bird"}' if name.endswith("l") else "bird", encoding="utf-8-sig")
+    assert [document.text for document in read_documents(path, tokenizer)] == ["bird\n\n"]
+
+
 def test_line_separators_inside_a_text_end_no_line(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"text": "one\u2028red\u0085bird"}, ensure_ascii=False) + "\n", encoding="utf-8")

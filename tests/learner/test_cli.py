@@ -67,6 +67,28 @@ def test_one_shot_masks(
     assert "14 layers" in capsys.readouterr().out
 
 
+def test_a_mask_file_of_other_weights_stays_one(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*arguments, "--init", "magnitude"]) == 0
+    source, output = tmp_path / "made.safetensors", tmp_path / "mask.safetensors"
+    own = read_masks(output)
+    capsys.readouterr()
+    said = {"base_model": "twin", "base_model_sha256": "0" * 64, "seed": "0"}
+    write_masks(source, own.masks, own.pattern, provenance=said)
+    assert main([*arguments, "--init", str(source)]) == 0
+    assert "was made for weights of another hash (twin)" in capsys.readouterr().err
+    found = read_masks(output).provenance
+    assert found["base_model_sha256"] == own.provenance["base_model_sha256"]
+    assert {key: value for key, value in found.items() if key.startswith("init_base")} == {
+        "init_base_model": "twin", "init_base_model_sha256": "0" * 64,
+    }  # fmt: skip
+    assert "init_seed" not in found  # which is said already
+    output.rename(source)
+    assert main([*arguments, "--init", str(source)]) == 0
+    assert "another hash" not in capsys.readouterr().err
+
+
 def test_a_mask_file_goes_through(arguments: list[str], tmp_path: Path) -> None:
     assert main([*arguments, "--init", "random"]) == 0
     first = tmp_path / "first.safetensors"
@@ -241,6 +263,29 @@ def test_nothing_that_is_read_is_written_over(
     assert f"would write over {weights}, which is an input" in capsys.readouterr().err
     assert main([*arguments, "--init", "magnitude", "--output", str(tmp_path / "mask.checkpoint")]) == 2
     assert "expected a name ending in .safetensors, found 'mask.checkpoint'" in capsys.readouterr().err
+
+
+def test_a_log_replaces_nothing_but_a_log(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*arguments, "--init", "magnitude", *LEARNING, "--steps", "2"]
+    log = tmp_path / "mask.jsonl"
+    log.write_text('{"text": "chats, an hour old"}\n')
+    assert main(flags) == 2
+    assert f"{log}: would be written over by the run's log, and is none" in capsys.readouterr().err
+    assert log.read_text() == '{"text": "chats, an hour old"}\n'
+    log.write_text("")
+    for _ in range(2):
+        assert main(flags) == 0
+        assert len(log.read_text().splitlines()) == 2
+
+
+def test_an_output_that_is_a_folder(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    (tmp_path / "mask.safetensors").mkdir()
+    assert main([*arguments, "--init", "magnitude"]) == 2
+    assert "expected the name of a file, found a folder" in capsys.readouterr().err
 
 
 def test_learning_without_matplotlib_is_refused_before_it_begins(

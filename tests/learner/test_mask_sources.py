@@ -6,7 +6,7 @@ import io
 import json
 import pickle
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +17,23 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from maskpro_kernels import MaskFileError, NMPattern, read_masks, write_masks
+from maskpro_kernels.mask_sources import open_masks
 from maskpro_kernels.model_folder import CheckpointError
 from maskpro_kernels.packing import top_n_mask
 from maskpro_learner import LearnerError, ModelError, initial_masks, select_layers
 from maskpro_learner.cli import main
-from maskpro_learner.mask_sources import masks_from_path
+from maskpro_learner.initial_masks import InitialMasks
+from maskpro_learner.mask_sources import masks_from_source
 
 Build = Callable[..., PreTrainedModel]
 PATTERN = NMPattern.parse("2:4")
 UP = "model.layers.1.mlp.up_proj.weight"  # (64, 32)
+
+
+def masks_from_path(
+    path: Path, model: PreTrainedModel, pattern: NMPattern, *, include: Sequence[str] = ("*",)
+) -> InitialMasks:
+    return masks_from_source(open_masks(path, pattern), model, pattern, include=include)
 
 
 @pytest.fixture

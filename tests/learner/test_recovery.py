@@ -284,7 +284,10 @@ def test_the_command_writes_a_recovery_file(model_folder, text_file, tmp_path, c
     assert "rank: expected at least 1, found 0" in capsys.readouterr().err
 
 
-def test_an_interrupted_command_goes_on_without_fitting_again(model_folder, text_file, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("started", [False, True], ids=["fitted", "started"])
+def test_an_interrupted_command_goes_on_without_fitting_again(
+    started, model_folder, text_file, tmp_path, monkeypatch, capsys
+):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(model_folder)
@@ -295,6 +298,10 @@ def test_an_interrupted_command_goes_on_without_fitting_again(model_folder, text
         "--samples", "8", "--length", "16", "--rank", "2", "--block-steps", "1", "--steps", "4", "--minibatch", "2",
         "--output",
     ]  # fmt: skip
+    if started:  # twice, so that the start says much about its own: safetensors reads that in any order
+        for name, start in (("first", []), ("second", ["--start", str(tmp_path / "first.safetensors")])):
+            assert main([*command, str(tmp_path / f"{name}.safetensors"), *start]) == 0
+        command = ["--start", str(tmp_path / "second.safetensors"), "--seed", "3", *command]
     assert main([*command, str(whole)]) == 0
     wanted = recover_cli.StopRequest.__call__
 

@@ -9,12 +9,14 @@ import signal
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from hypothesis import given
 from hypothesis import strategies as st
 from processes import run_python
 from safetensors.torch import load_file, save_file
 
 from maskpro_kernels import MaskFileError, NMPattern, NMWeight, read_masks, unpack, write_masks
+from maskpro_kernels.base_model import weights_sha256
 from maskpro_kernels.model_folder import TensorInfo
 from maskpro_kernels.packing import magnitude_mask
 from maskpro_kernels.servable import why_dense
@@ -298,6 +300,52 @@ def test_a_killed_conversion_goes_on_to_the_same_bytes(tiny, tmp_path):
     assert all((tmp_path / "out" / path.name).stat().st_mtime_ns == time for path, time in before.items())
     assert files(tmp_path / "out") == expected
     assert not work.exists()
+
+
+def test_equal_inputs_make_equal_bytes(tiny, tmp_path):
+    """What a mask says of itself is read in another order each time."""
+    said = {f"key {number}": "value" for number in range(12)}
+    write_masks(tmp_path / "mask.safetensors", read_masks(tiny["mask"]).masks, NMPattern(2, 4), provenance=said)
+    for name in ("one", "two"):
+        convert(tiny["dense"], tmp_path / name, mask=tmp_path / "mask.safetensors")
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+
+
+def test_a_mask_of_other_weights_is_said_to_be(tiny, tmp_path, capsys):
+    mask, of_these = tmp_path / "mask.safetensors", weights_sha256(str(tiny["dense"]))
+    arguments = ["--model", str(tiny["dense"]), "--mask", str(mask), "--output"]
+    for name, claim in (("same", of_these), ("other", "0" * 64)):
+        made = {"base_model": "twin", "base_model_sha256": claim}
+        write_masks(mask, read_masks(tiny["mask"]).masks, NMPattern(2, 4), provenance=made)
+        assert main([*arguments, str(tmp_path / name)]) == 0
+        warned = "was made for weights of another hash (twin): expected 000000000000, found" in capsys.readouterr().err
+        assert warned == (name == "other")
+        provenance = json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]["provenance"]
+        assert provenance == made | ({"packed_model_sha256": of_these} if warned else {})
+
+
+def test_a_model_of_the_hub(tiny, tmp_path, monkeypatch):
+    repository = tmp_path / "cache" / "models--somebody--dense"
+    shutil.copytree(tiny["dense"], repository / "snapshots" / "0123")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    convert("somebody/dense", tmp_path / "out", mask=tiny["mask"])
+    assert files(tmp_path / "out") == files(tiny["packed"])
+    with pytest.raises(CheckpointError, match="somebody/else: no such folder, and the hub does not give it: "):
+        convert("somebody/else", tmp_path / "none", mask=tiny["mask"])
+
+
+def test_only_what_serves_is_copied(tiny, tmp_path):
+    model = shutil.copytree(tiny["dense"], tmp_path / "model")
+    for name in ("tf_model.h5", "pytorch_model.bin", "mask.checkpoint", "mask.jsonl", "model.onnx", "original.pth"):
+        (model / name).write_text("weights")
+    for name in ("LICENSE", "README.md", "tokenizer.model", "merges.txt", "chat_template.jinja", "modeling_own.py"):
+        (model / name).write_text(name)
+    convert(model, tmp_path / "out", mask=tiny["mask"])
+    copied = {"LICENSE", "README.md", "tokenizer.model", "merges.txt", "chat_template.jinja", "modeling_own.py"}
+    assert files(tmp_path / "out").keys() == files(tiny["packed"]).keys() | copied
 
 
 def interrupt(monkeypatch, after: int) -> None:

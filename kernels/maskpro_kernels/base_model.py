@@ -1,0 +1,85 @@
+"""Which model a mask or a recovery was made for: shapes alone do not tell a base model from its fine-tuned twin."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+
+from maskpro_kernels.model_folder import CheckpointError, weight_files
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_CHUNK = 1 << 22
+MODEL_FILES = (
+    "*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "*.md", "LICENSE*", "NOTICE*",
+)  # fmt: skip
+"""What a model folder is served from; it may hold the same weights again for other frameworks, and runs' leftovers."""
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name may be a hub's, ``organisation/model``; a folder of that name goes first."""
+    return _HUB_ID.fullmatch(name) is not None
+
+
+def model_folder(name: str) -> Path:
+    """The folder of a model.
+
+    Args:
+        name: a folder, whether or not it is there, or a hub id, whose :data:`MODEL_FILES` are downloaded unless the
+            hub's cache has them.
+
+    Raises:
+        CheckpointError: neither the hub nor its cache gives the model.
+    """
+    folder = Path(name)
+    if folder.exists() or not is_hub_id(name):
+        return folder
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(MODEL_FILES), ignore_patterns="*/*"))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointError(f"{name}: no such folder, and the hub does not give it: {reason}") from error
+
+
+def weights_sha256(name: str) -> str | None:
+    """SHA-256 over a model's safetensors files, one after the other in name order: of one file, that file's own.
+
+    Args:
+        name: a folder or a hub id. None for a model without such files.
+
+    Raises:
+        CheckpointError: neither the hub nor its cache gives the model, or its index is wrong.
+        OSError: a file cannot be read.
+    """
+    folder = model_folder(name)
+    if not any(folder.glob("*.safetensors")):
+        return None
+    digest = hashlib.sha256()
+    for path in weight_files(folder):
+        update_from_file(digest, path)
+    return digest.hexdigest()
+
+
+def update_from_file(digest: hashlib._Hash, path: Path) -> None:
+    """Feeds a file to a digest in pieces."""
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+
+
+def other_base(path: Path, provenance: Mapping[str, str], found: str | None) -> str | None:
+    """A warning if a mask or a recovery was made for other weights.
+
+    Args:
+        path: its file.
+        provenance: what it says of itself.
+        found: the model's :func:`weights_sha256`.
+    """
+    expected = provenance.get("base_model_sha256")
+    if expected is None or found is None or expected == found:
+        return None
+    made_for = provenance.get("base_model", "another model")
+    return f"{path} was made for weights of another hash ({made_for}): expected {expected[:12]}, found {found[:12]}"
