@@ -80,6 +80,7 @@ lock:
 	$(PYTHON) -m venv build/lock && build/lock/bin/pip install --quiet uv==0.13.9
 	build/lock/bin/uv pip compile requirements/cpu.in --override requirements/overrides.txt --python-version 3.11 \
 	  --index-strategy unsafe-best-match $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS)) \
+	  $(if $(PIP_EXTRA_INDEX_URL),--extra-index-url $(PIP_EXTRA_INDEX_URL)) \
 	  --no-header --no-annotate --quiet --output-file requirements/cpu.txt
 
 clean:

@@ -31,7 +31,7 @@ def locust_command(url: str, model: str, settings: LoadSettings, records: Path) 
 
 
 def run_cell(url: str, model: str, settings: LoadSettings, path: Path) -> RunFile:
-    """Measures, unless the file holds the result of the same settings, without failures, already.
+    """Measures, unless the file holds the result of the same settings already: one with failures, too, is a result.
 
     Args:
         url: of the endpoint.
@@ -51,19 +51,23 @@ def run_cell(url: str, model: str, settings: LoadSettings, path: Path) -> RunFil
         tail = "\n".join(result.stderr.splitlines()[-20:])
         raise LoadError(f"{url}: Locust ended with exit code {result.returncode} and no result:\n{tail}")
     run = RunFile.read(path)
-    if run.records and all(record.failed for record in run.records):
+    if _none_answered(run):
         raise LoadError(f"{url}: all {len(run.records)} requests failed; the first: {run.records[0].error}")
     return run
 
 
 def kept_result(path: Path, settings: LoadSettings) -> RunFile | None:
-    """What an earlier call left, if it is the same measurement and whole."""
+    """What an earlier call left, if it is the same measurement, and if anything was answered."""
     if not path.exists():
         return None
     run = RunFile.read(path)
-    if run.settings != asdict(settings) or failures(run):
+    if run.settings != asdict(settings) or _none_answered(run):
         return None
     return run
+
+
+def _none_answered(run: RunFile) -> bool:
+    return bool(run.records) and all(record.failed for record in run.records)
 
 
 def failures(run: RunFile) -> int:

@@ -70,12 +70,13 @@ class LoadRun:
 
     def _open_loop(self, number: int) -> None:
         in_flight = Group()
+        start = time.perf_counter()  # one that joins late has missed nothing
         try:
             for at in arrivals(self._settings.rate / self._settings.users, self._settings.seed, number):
-                gevent.sleep(max(0.0, self._start + at - time.perf_counter()))
+                gevent.sleep(max(0.0, start + at - time.perf_counter()))
                 if (request := self._next()) is None:
                     break
-                in_flight.spawn(self._perform, request, time.perf_counter() - self._start - at)
+                in_flight.spawn(self._perform, request, time.perf_counter() - start - at)
             in_flight.join()
         finally:
             in_flight.kill()

@@ -11,7 +11,6 @@ A request that failed after its retries, or ran into the timeout, is one, and ma
 from __future__ import annotations
 
 import logging
-import os
 from argparse import ArgumentTypeError
 from pathlib import Path
 from typing import Any
@@ -48,7 +47,7 @@ def add_options(parser: Any) -> None:
     add("--workload", choices=WORKLOADS, default="chat", help="what is asked (default chat)")
     add("--seed", type=int, default=0, help="of the requests and arrivals (default 0)")
     add("--model", default="", help="served model name (default: the first that the endpoint lists)")
-    add("--rate", type=number, default=0.0, help="open loop: Poisson arrivals per second, of each worker (default 0: "
+    add("--rate", type=number, default=0.0, help="open loop: Poisson arrivals per second, of one process (default 0: "
         "closed loop, every user sends its next request when it has the last answer)")  # fmt: skip
     add("--requests", type=count, default=0, help="stop after so many measured requests (default 0: go on)")
     add("--warmup", type=count, default=0, help="requests of each user that are not measured (default 0)")
@@ -91,6 +90,8 @@ def prepare(environment: Environment, **_: Any) -> None:
             raise ValueError("--host is required: the endpoint's URL without /v1")
         if options.records and not options.requests:
             raise ValueError("--records needs --requests")
+        if isinstance(environment.runner, WorkerRunner) and (options.rate or options.warmup):
+            raise ValueError("--rate and --warmup are for one process: a worker does not know its number of users")
         settings = settings_from(environment)
         client = StreamingClient(
             environment.host,
@@ -98,7 +99,6 @@ def prepare(environment: Environment, **_: Any) -> None:
             timeout=settings.timeout,
             retries=settings.retries,
             fixed_length=settings.fixed_length,
-            api_key=os.environ.get("OPENAI_API_KEY", "none"),
         )
     except ValueError as error:
         logger.error("%s", error)

@@ -7,10 +7,12 @@ tokens. So this reads lines from the HTTP client beneath it, geventhttpclient, w
 from __future__ import annotations
 
 import json
+import os
 import random
 import time
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import urlsplit
 
 import gevent
 from geventhttpclient import HTTPClient
@@ -25,6 +27,12 @@ CONNECTIONS = 10_000
 """At once, in one process: never what limits the load."""
 
 
+def client_headers() -> dict[str, str]:
+    """What every request has; the key is OPENAI_API_KEY's, or VLLM_API_KEY's, which servers started here ask for."""
+    key = os.environ.get("OPENAI_API_KEY") or os.environ.get("VLLM_API_KEY") or "none"
+    return {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+
+
 class AttemptError(Exception):
     """An attempt that gave no answer; ``wait`` is what the server asked to wait, None if it may not be repeated."""
 
@@ -37,12 +45,11 @@ class StreamingClient:
     """Sends requests to one endpoint; safe for many greenlets at once.
 
     Args:
-        url: of the server, without the ``/v1``.
+        url: of the server, without the ``/v1``; a path in it comes before that.
         model: name of the served model.
         timeout: seconds for one attempt, from connecting to the end of the stream.
         retries: attempts after the first, when there was no answer yet. A timeout is not repeated: it is the finding.
         fixed_length: see :meth:`workloads.Request.payload`.
-        api_key: for the Authorization header.
         clock: seconds; the same for all records of a run.
     """
 
@@ -54,7 +61,6 @@ class StreamingClient:
         timeout: float = 300.0,
         retries: int = 2,
         fixed_length: bool = True,
-        api_key: str = "none",
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.model = model
@@ -63,12 +69,13 @@ class StreamingClient:
         self._fixed_length = fixed_length
         self._clock = clock
         self._backoff = random.Random(0)
+        self._path = urlsplit(url).path.rstrip("/")
         self._http = HTTPClient.from_url(
             url,
             concurrency=CONNECTIONS,
             connection_timeout=timeout + 1,  # the deadline of the attempt comes first
             network_timeout=timeout + 1,
-            headers={"Content-Type": "application/json", "Authorization": f"Bearer {api_key}"},
+            headers=client_headers(),
         )
 
     def send(self, request: Request) -> Record:
@@ -102,7 +109,7 @@ class StreamingClient:
     def _attempt(self, request: Request, record: Record) -> None:
         body = json.dumps(request.payload(self.model, fixed_length=self._fixed_length)).encode()
         try:
-            response = self._http.request("POST", PATHS[request.api], body=body)
+            response = self._http.request("POST", self._path + PATHS[request.api], body=body)
         except (OSError, HTTPParseError) as error:
             raise AttemptError(f"no answer: {error or type(error).__name__}", wait=0.0) from error
         try:
@@ -111,6 +118,8 @@ class StreamingClient:
             self._read(response, request, record)
         except (OSError, HTTPParseError) as error:
             raise AttemptError(f"broken stream: {error or type(error).__name__}") from error
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            raise AttemptError(f"an event or a usage of another form: {error!r}") from error
         finally:
             response.release()  # closes the connection if there is more to come
 
@@ -158,11 +167,14 @@ class StreamingClient:
 
 
 def _holds_token(content: dict[str, Any]) -> bool:
-    """Whether a chunk brings a token: it may be one without text, but the chunk that opens a chat brings none."""
+    """Whether a chunk brings a token: it may be one without text, but what only opens or ends a chat brings none."""
     if not content.get("choices"):
         return False
-    delta = content["choices"][0].get("delta") or {}
-    return not ("role" in delta and not delta.get("content"))
+    choice = content["choices"][0]
+    delta = choice.get("delta")
+    if "role" in (delta or {}):
+        return bool(delta.get("content"))
+    return delta != {} or not choice.get("finish_reason")  # vLLM's last token has its content, if an empty one
 
 
 def _refused(response: HTTPSocketPoolResponse) -> AttemptError:
@@ -192,9 +204,9 @@ def first_model(url: str) -> str:
     Raises:
         ValueError: it lists none, or gives no answer.
     """
-    client = HTTPClient.from_url(url, connection_timeout=10, network_timeout=30)
+    client = HTTPClient.from_url(url, connection_timeout=10, network_timeout=30, headers=client_headers())
     try:
-        response = client.request("GET", "/v1/models")
+        response = client.request("GET", urlsplit(url).path.rstrip("/") + "/v1/models")
         return str(json.loads(response.read())["data"][0]["id"])
     except (OSError, HTTPParseError, ValueError, KeyError, IndexError, TypeError) as error:
         raise ValueError(f"{url}/v1/models: expected a list of models, found none; give --model ({error})") from error

@@ -27,6 +27,8 @@ MODELS = {
     "stub-error": "sends an error into the stream after two tokens",
     "stub-short": "ends after two tokens, properly",
     "stub-uncounted": "sends no usage",
+    "stub-miscounted": "sends a usage without prompt_tokens",
+    "stub-apart": "says in a chunk of its own, as llama.cpp does, why a chat ended",
 }
 
 
@@ -77,9 +79,11 @@ class Stub:
             await asyncio.sleep(max(0.0, begin + self.first_token + index * self.gap - loop.time()))
             if chat and index == 0:
                 await send([{"index": 0, "delta": {"role": "assistant", "content": ""}}])
-            finish = "length" if index == tokens - 1 else None
+            finish = "length" if index == tokens - 1 and model != "stub-apart" else None
             word = {"delta": {"content": " word"}} if chat else {"text": " word"}
             await send([{"index": 0, "finish_reason": finish, **word}])
+        if model == "stub-apart" and chat:
+            await send([{"index": 0, "finish_reason": "length", "delta": {}}])
         if model == "stub-cut":
             self.counts["cut"] += 1
             raise ConnectionResetError("cut as told")  # aiohttp then closes the connection without ending the body
@@ -88,7 +92,10 @@ class Stub:
         elif model != "stub-uncounted":
             prompt = body["prompt"] if not chat else " ".join(message["content"] for message in body["messages"])
             words = len(prompt.split())
-            await send([], usage={"prompt_tokens": words, "completion_tokens": sent, "total_tokens": words + sent})
+            usage = {"prompt_tokens": words, "completion_tokens": sent, "total_tokens": words + sent}
+            if model == "stub-miscounted":
+                del usage["prompt_tokens"]
+            await send([], usage=usage)
         await response.write(b"data: [DONE]\n\n")
 
     async def models(self, _: web.Request) -> web.Response:

@@ -32,7 +32,7 @@ def check_vllm_version() -> str:
             continue
     else:
         raise UnsupportedVLLMError(
-            f"vLLM is not installed: install maskpro-serve[cpu] or maskpro-serve[gpu] (vLLM {low} to {high})"
+            f"vLLM is not installed: expected {low} to {high}; install maskpro-serve[gpu], or as README.md says on CPUs"
         )
     release = tuple(int(part) for part in found.split(".")[:2] if part.isdigit())
     if not SUPPORTED_VLLM[0] <= release <= SUPPORTED_VLLM[1]:

@@ -5,8 +5,8 @@
 
 Rows: dense; magnitude, Wanda, SparseGPT (mask only, and with refit) and swap search, made here from the calibration
 text; the given mask; the given mask and recovery. Columns: token and word perplexity of the text, zero-shot accuracy,
-and answers right in the chat quiz. Every finished row is in the JSON file, with the hashes of what it was measured on; it is
-measured again only where these differ.
+and answers right in the chat quiz. Every finished row is in the JSON file, with the hashes of what it was measured on:
+where these differ, it is measured again.
 """
 
 from __future__ import annotations

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from records import RunFile
 from workloads import arrivals, make_request
 
 
@@ -106,6 +110,7 @@ def hung_up_on(stub, times: int) -> bool:
         ("stub-error", "error in the stream: failed as told"),
         ("stub-short", "tokens, found 2"),
         ("stub-uncounted", "no usage in the stream"),
+        ("stub-miscounted", "an event or a usage of another form: KeyError('prompt_tokens')"),
         ("nothing", "HTTP 404: The model `nothing` does not exist."),
     ],
 )
@@ -115,6 +120,59 @@ def test_broken_answers_are_failures_without_retries(locust, model, error):
     (record,) = run.records
     assert (record.status, record.retries) == ("failed", 0)
     assert error in record.error
+
+
+def test_the_end_of_a_chat_is_no_token(locust):
+    code, run = locust("-u", 1, "--model", "stub-apart", "--requests", 3, "--workload", "chat")
+    assert code == 0
+    assert [1 + len(record.gaps) for record in run.records] == [record.completion_tokens for record in run.records]
+
+
+def test_servers_behind_a_path_and_a_key(stub, repository, tmp_path):
+    """Two servers at one address that differ in their path; the one that is asked wants a key."""
+    seen = []
+
+    class Gateway(BaseHTTPRequestHandler):
+        def do_GET(self):
+            seen.append((self.path, self.headers["Authorization"]))
+            body = stub.get("/v1/models").encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def do_POST(self):
+            seen.append((self.path, self.headers["Authorization"]))
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_error(401)
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Gateway) as gateway:
+        threading.Thread(target=gateway.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{gateway.server_port}/team-b/"
+        locustfile = repository / "loadtests" / "locustfile.py"
+        command = [sys.executable, "-m", "locust", "-f", str(locustfile), "--headless", "--host", url, "-u", "1"]
+        environment = os.environ | {"VLLM_API_KEY": "secret"}
+        done = subprocess.run(
+            [*command, "--requests", "1", "--records", str(tmp_path / "records.json")],
+            capture_output=True, text=True, timeout=60, env=environment,
+        )  # fmt: skip
+        gateway.shutdown()
+    assert done.returncode == 1, done.stderr
+    assert seen[0] == ("/team-b/v1/models", "Bearer secret")
+    assert {(path.startswith("/team-b/v1/"), key) for path, key in seen} == {(True, "Bearer secret")}
+    assert len(seen) == 2
+    assert "HTTP 401" in RunFile.read(tmp_path / "records.json").records[0].error
+
+
+def test_rates_of_workers_are_refused(repository, free_url):
+    """A worker does not know how many users it will have."""
+    locustfile = repository / "loadtests" / "locustfile.py"
+    command = [sys.executable, "-m", "locust", "-f", str(locustfile), "--headless", "--processes", "2", "-t", "20s"]
+    done = subprocess.run(
+        [*command, "--host", free_url, "--rate", "2", "--model", "stub"], capture_output=True, text=True, timeout=60
+    )
+    assert "--rate and --warmup are for one process" in done.stderr
+    assert done.returncode == 2
 
 
 def test_locust_alone(stub, pace, repository):

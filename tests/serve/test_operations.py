@@ -230,7 +230,7 @@ def test_prometheus_has_data_for_every_panel_and_alert(server, prometheus):
     go_on(server)
     assert {ending.tokens for ending in load.endings()} == {400 * 4 * SEQUENCES}
     wait_until(lambda: not prometheus.active("MaskproDown"))
-    wait_until(lambda: prometheus.query("maskpro:tokens:rate1m > 0"))
+    wait_until(lambda: prometheus.query("maskpro:tokens:rate5m > 0"))
     assert ask(server, 40).tokens == 40  # a first token that is not long ago
     time.sleep(3)  # the last scrape saw it end
     recorded = [rule["record"] for rule in RULES if "record" in rule]
