@@ -29,8 +29,10 @@ int32_t run_pattern(const NMLinear& call) {
       return run_tiles<DecodeAny<Weight, 3>>(call);
     case 4:
       return run_tiles<DecodeAny<Weight, 4>>(call);
-    default:
+    case 5:
       return run_tiles<DecodeAny<Weight, 5>>(call);
+    default:
+      return MASKPRO_BAD_ARGUMENT;
   }
 }
 

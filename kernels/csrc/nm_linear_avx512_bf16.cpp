@@ -18,8 +18,10 @@ int32_t run_pass(const NMLinear& call) {
       return FewTokens<Avx512BF16, Weight, BF16, 3>(call)();
     case 4:
       return FewTokens<Avx512BF16, Weight, BF16, 4>(call)();
-    default:
+    case 5:
       return FewTokens<Avx512BF16, Weight, BF16, 5>(call)();
+    default:
+      return MASKPRO_BAD_ARGUMENT;
   }
 }
 

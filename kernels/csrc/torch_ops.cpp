@@ -64,8 +64,9 @@ void check_weight(const Tensor& weight, int64_t in_features, int64_t out_feature
                                                            static_cast<int32_t>(m), dtype)
                                : -1;
   if (bytes < 0) {
-    refuse("expected n of every m = 4, 8, 16 or 32 kept and an in_features that m divides, found " +
-           std::to_string(n) + ":" + std::to_string(m) + " of " + std::to_string(in_features));
+    refuse("expected n of every m = 4, 8, 16 or 32 kept, an in_features that m divides and sizes of at most 2^30, found " +
+           std::to_string(n) + ":" + std::to_string(m) + " of " + std::to_string(out_features) + " x " +
+           std::to_string(in_features));
   }
   if (weight.numel() == bytes && weight.dtype() == torch.aoti_torch_dtype_uint8() &&
       weight.is_contiguous()) {

@@ -193,7 +193,7 @@ def interleave(values: Tensor, bitmask: Tensor | None, in_features: int, n: int,
     size = interleaved_bytes(in_features, out_features, n, m, values.dtype)
     status = 1
     if size >= 0:
-        weight = torch.empty(size, dtype=torch.uint8)
+        weight = values.new_empty(size, dtype=torch.uint8)  # on the CPU, whatever the default device
         status = library().maskpro_interleave(
             weight.data_ptr(), values.data_ptr(), None if bitmask is None else bitmask.data_ptr(), in_features,
             out_features, n, m, dtype, threads,

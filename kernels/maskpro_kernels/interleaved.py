@@ -96,13 +96,13 @@ def packed_again(weight: InterleavedWeight) -> NMWeight:
     dealt = stored[:, :, index_bytes:].contiguous().view(weight.dtype).reshape(-1, chunks, slots // pair, _ROWS, pair)
     values = dealt.permute(0, 3, 1, 2, 4).reshape(-1, chunks * slots)[:rows, :kept].contiguous()
     mask = torch.ones if index_bits == 0 else torch.zeros
-    bits = mask((rows, columns), dtype=torch.bool)
+    bits = mask((rows, columns), dtype=torch.bool, device=stored.device)
     if index_bits:
         words = stored[:, :, :index_bytes].contiguous().view(torch.int32)
-        shifts = torch.arange(slots, dtype=torch.int32) * index_bits
+        shifts = torch.arange(slots, dtype=torch.int32, device=stored.device) * index_bits
         index = (words.unsqueeze(-1) >> shifts) & ((1 << index_bits) - 1)
         index = index.permute(0, 2, 1, 3).reshape(-1, chunks * slots)[:rows, :kept]
-        groups = torch.arange(kept) // pattern.n * pattern.m
+        groups = torch.arange(kept, device=stored.device) // pattern.n * pattern.m
         bits.scatter_(1, index + groups, True)
     return NMWeight(values, pack_bits(bits), weight.shape, pattern, weight.scale)
 

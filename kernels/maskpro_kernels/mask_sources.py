@@ -252,7 +252,7 @@ def fill_up(kept: Tensor, counts: Tensor, weight: Tensor, pattern: NMPattern) ->
 
 def _keep_zeros(kept: Tensor, weight: Tensor, pattern: NMPattern) -> Tensor:
     """Adds weights that are zero, lower columns first, to the groups that keep fewer than n."""
-    missing = pattern.n - group_counts(kept, pattern.m)
+    missing = pattern.n - group_counts(kept, pattern.m).int()  # some may keep too many
     if not bool((missing > 0).any()):
         return kept
     groups = (len(kept), -1, pattern.m)

@@ -82,16 +82,20 @@ def policy_step(
     if flips is not None and (flips.dtype != torch.int64 or flips.numel() != 1):
         raise ValueError(f"policy_step: expected one int64 of flips, found {flips.dtype} {tuple(flips.shape)}")
     for coefficient, _ in updates:
-        if not abs(coefficient) < float("inf"):
-            raise ValueError(f"policy_step: an update's coefficient is {coefficient}")
+        if not abs(coefficient) <= torch.finfo(torch.float32).max:
+            raise ValueError(f"policy_step: an update's coefficient is {coefficient}: expected one that float32 holds")
+    draws = [("draw", draw, 64) for _, draw in updates]
+    for name, number, bits in (("stream", stream, 30), ("seed", seed, 64), ("next_draw", next_draw, 64), *draws):
+        if not 0 <= number < 1 << bits:
+            raise ValueError(f"policy_step: {name}: expected a number of {bits} bits, found {number}")
     for name, tensor in (("weight", weight), ("masked", masked), ("gains", gains), ("flips", flips)):
         if tensor is not None and tensor.device != logits.device:
             raise ValueError(f"policy_step: logits on {logits.device}, {name} on {tensor.device}")
     match logits.device.type:
         case "cpu":
             _cpu.policy_step(
-                logits, weight, masked, gains, flips, pattern.n, pattern.m, updates, next_draw, seed, stream,
-                _cpu.available_isas()[0], torch.get_num_threads(),
+                logits, None if masked is None else weight, masked, gains, flips, pattern.n, pattern.m, updates,
+                next_draw, seed, stream, _cpu.available_isas()[0], torch.get_num_threads(),
             )  # fmt: skip
         case "cuda":
             _triton_policy_step()(

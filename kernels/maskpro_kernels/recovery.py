@@ -154,6 +154,9 @@ def _quantize(update: LowRank) -> list[Tensor]:
 
 def _dequantize(parts: list[Tensor]) -> LowRank:
     b, b_scale, a, a_scale = parts
+    for what, tensor, dimensions in (("b", b, 2), ("b_scale", b_scale, 1), ("a", a, 2), ("a_scale", a_scale, 1)):
+        if tensor.dim() != dimensions:
+            raise ValueError(f"{what}: expected {dimensions} dimensions, found {tuple(tensor.shape)}")
     rank = len(b_scale)
     for what, tensor, dtype, shape in (
         ("b", b, torch.int8, (b.shape[0], rank)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 
@@ -22,8 +23,16 @@ def bind_threads(cores: Sequence[int]) -> None:
         ValueError: this process may not run on one of them.
         NativeLibraryError: the native library is not installed.
     """
-    allowed = os.sched_getaffinity(0)
-    torch.set_num_threads(len(cores))
-    if not allowed.issuperset(cores) or not _cpu.bind_threads(cores):
-        wanted, found = (", ".join(map(str, sorted(some))) for some in (cores, allowed))
-        raise ValueError(f"threads cannot be bound to cores {wanted}: this process may run on {found}")
+    allowed = _allowed()
+    if cores and allowed.issuperset(cores):
+        torch.set_num_threads(len(cores))
+        if _cpu.bind_threads(cores):
+            return
+    wanted, found = (", ".join(map(str, sorted(some))) for some in (cores, allowed))
+    raise ValueError(f"threads cannot be bound to cores {wanted or '(none)'}: this process may run on {found}")
+
+
+@functools.cache
+def _allowed() -> frozenset[int]:
+    """The cores of this process, before the calling thread was bound to one of them."""
+    return frozenset(os.sched_getaffinity(0))

@@ -85,6 +85,25 @@ def test_a_wrong_or_failing_kernel_is_left_out_and_said(monkeypatch, tmp_path, c
         Dispatcher(HOPPER, PlanTable(HOPPER, tmp_path / "other"), broken.measure).plan(operands(20))
 
 
+def test_what_memory_was_lacking_for_is_measured_the_next_time(monkeypatch, tmp_path, caplog):
+    lacking = torch.OutOfMemoryError("no memory")
+    gpu = FakeGPU(monkeypatch, TIMES, {"cusparselt": lacking})
+    with caplog.at_level(logging.WARNING):
+        choices = Dispatcher(HOPPER, PlanTable(HOPPER, tmp_path), gpu.measure)
+        assert choices.plan(operands(3)).backend == "cutlass"
+    assert "no memory to measure cusparselt, which is left out for now" in caplog.text
+    again = FakeGPU(monkeypatch, TIMES)
+    assert Dispatcher(HOPPER, PlanTable(HOPPER, tmp_path), again.measure).plan(operands(3)).backend == "cusparselt"
+    assert set(again.ran) == {"cusparselt"}
+    none = FakeGPU(monkeypatch, TIMES, dict.fromkeys(TIMES, lacking))
+    with pytest.raises(torch.OutOfMemoryError, match="no memory"):
+        Dispatcher(HOPPER, PlanTable(HOPPER, tmp_path / "other"), none.measure).plan(operands(20))
+
+
+def test_what_is_right_does_not_hang_on_tf32():
+    assert dispatch.expected_output(operands(3)).dtype == torch.float64
+
+
 def test_maskpro_kernel_forces(monkeypatch, tmp_path):
     gpu = FakeGPU(monkeypatch, TIMES)
     choices = Dispatcher(HOPPER, PlanTable(HOPPER, tmp_path), gpu.measure)

@@ -144,6 +144,17 @@ def test_a_packed_weight_is_interleaved_once_until_it_changes():
         assert torch.equal(nm_linear(x, inside), 2 * second)
 
 
+def test_a_default_device_does_not_matter():
+    weight = pack(torch.randn(24, 64), NMPattern(2, 4))
+    expected = interleave(weight)
+    with torch.device("meta"):
+        interleaved = interleave(weight)
+        again = packed_again(interleaved)
+    assert torch.equal(interleaved.data, expected.data)
+    assert torch.equal(again.values, weight.values)
+    assert torch.equal(again.bitmask, weight.bitmask)
+
+
 def test_an_interleaved_weight_of_another_size_is_refused():
     weight = interleave(pack(torch.randn(16, 64), NMPattern(2, 4)))
     with pytest.raises(ValueError, match=r"expected x \(..., 64\), in_features of the weight, found \(3, 60\)"):
@@ -322,7 +333,7 @@ def test_what_the_kernels_do_not_know_is_refused():
         with pytest.raises(ValueError, match=f"instruction set, 0 to 4, found {isa}"):
             run(x, weight.data, None, None, 16, 64, 2, 4, torch.float32, isa)
     for n, m in ((5, 4), (0, 4), (2, 1 << 40), (-1, 4)):
-        with pytest.raises(ValueError, match=f"found {n}:{m} of 64"):
+        with pytest.raises(ValueError, match=f"found {n}:{m} of 16 x 64"):
             run(x, weight.data, None, None, 16, 64, n, m, torch.float32, 0)
     with pytest.raises(ValueError, match=r"x: expected a 16 or 32 bit float on cpu, found torch\.float64"):
         nm_linear(x.double(), weight)

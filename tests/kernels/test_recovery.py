@@ -72,6 +72,10 @@ def _add(tensors):
     tensors["z.weight.c"] = torch.zeros(1)
 
 
+def _flatten(tensors):
+    tensors["x.weight.b_scale"] = tensors["x.weight.b_scale"][0].clone()
+
+
 def _poison(tensors):
     tensors["x.weight.b_scale"][0] = torch.inf
 
@@ -83,6 +87,7 @@ def _poison(tensors):
         (_shorten, r"x\.weight: a: expected torch\.int8 \(3, 40\), found torch\.int8 \(2, 40\)"),
         (_widen, r"x\.weight: b: expected torch\.int8 \(24, 3\), found torch\.float32"),
         (_add, r"unexpected tensor z\.weight\.c"),
+        (_flatten, r"x\.weight: b_scale: expected 1 dimensions, found \(\)"),
         (_poison, "a scale is not finite"),
     ],
 )

@@ -33,6 +33,27 @@ def test_each_thread_has_its_core():
     assert run.stdout.strip() == " ".join([str(len(cores)), *(f"[{core}]" for core in cores)]), run.stderr
 
 
+def test_a_second_time_and_no_core():
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    program = f"""
+import torch
+from maskpro_kernels.threads import bind_threads
+torch.set_num_threads(1)
+try:
+    bind_threads([])
+except ValueError as error:
+    print(error)
+print(torch.get_num_threads())
+bind_threads({cores})
+bind_threads({cores})
+print(torch.get_num_threads())
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    refused, *threads = run.stdout.splitlines()
+    assert refused.startswith("threads cannot be bound to cores (none): this process may run on "), run.stderr
+    assert threads == ["1", str(len(cores))]
+
+
 @pytest.mark.parametrize("core", [-1, 1 << 20])
 def test_a_core_that_is_not_there(core):
     first = min(os.sched_getaffinity(0))

@@ -200,10 +200,11 @@ class Dispatcher:
         x = torch.randn((problem.tokens, problem.in_features), device=operands.x.device).to(operands.x.dtype)
         sample = replace(operands, x=x, metadata=_calibrated(operands.metadata))
         expected = functools.cache(functools.partial(expected_output, sample))
-        return choose(
-            self.table, problem, allowed, lambda name: ways(name, sample, self.device),
-            lambda plan, y: right(sample, expected(plan.backend in _EIGHT_BIT), y), self.measure,
-        )  # fmt: skip
+        with torch.cuda.device_of(x):
+            return choose(
+                self.table, problem, allowed, lambda name: ways(name, sample, self.device),
+                lambda plan, y: right(sample, expected(plan.backend in _EIGHT_BIT), y), self.measure,
+            )  # fmt: skip
 
 
 _EIGHT_BIT = tuple(backend.name for backend in BACKENDS if backend.prepared == "eight_bit")
@@ -224,10 +225,13 @@ def _some(of_tokens: Tensor) -> Tensor:
 
 
 def expected_output(operands: Operands, eight_bit: bool = False) -> Tensor:
-    """Some outputs, in float32; of activations that are rounded to 8 bits if ``eight_bit``."""
+    """Some outputs; of activations that are rounded to 8 bits if ``eight_bit``.
+
+    In float64: a product of float32 may be one of TF32 numbers, if the process allows them.
+    """
     o = operands
     if not eight_bit:
-        return nm_linear_reference(_some(o.x), o.values, o.bitmask, o.scale, o.bias)
+        return nm_linear_reference(_some(o.x).double(), o.values, o.bitmask, o.scale, o.bias)
     assert o.metadata.eight_bit is not None
     assert o.scale is not None
     return nm_linear_w8a8_reference(_some(o.x), o.values, o.bitmask, o.scale, o.bias, o.metadata.eight_bit.inputs)

@@ -96,6 +96,7 @@ class PlanTable:
             "capability": list(self.device.capability),
             "torch": torch.__version__,
             "triton": _version("triton"),
+            "float32_matmul_precision": torch.get_float32_matmul_precision(),  # dense products obey it
         }
 
     @property

@@ -42,16 +42,30 @@ def choose(
 
     Raises:
         RuntimeError: not one of them gives a right result; each one's reason was logged.
+        torch.OutOfMemoryError: there was no memory to measure any of them.
+
+    What memory was lacking for is not remembered: there may be more the next time.
     """
     allowed = list(allowed)
     known = table.of(problem)
-    new = [_best(name, ways(name), problem, right, measure) for name in allowed if name not in known]
+    new: list[Plan] = []
+    lacking: torch.OutOfMemoryError | None = None
+    for name in allowed:
+        if name not in known:
+            try:
+                new.append(_best(name, ways(name), problem, right, measure))
+            except torch.OutOfMemoryError as error:
+                logger.warning("%s: no memory to measure %s, which is left out for now: %s", problem, name, error)
+                lacking = error
     if new:
         table.add(problem, new)
         known = table.of(problem)
         times = ", ".join(f"{plan.backend} {plan.microseconds:.1f}" for plan in known.values())
         logger.info("%s: microseconds: %s", problem, times)
-    plan = min((known[name] for name in allowed), key=time_of)
+    measured = [known[name] for name in allowed if name in known]
+    if lacking is not None and all(time_of(plan) == FAILED for plan in measured):
+        raise lacking
+    plan = min(measured, key=time_of)
     if time_of(plan) == FAILED:
         raise RuntimeError(f"{problem}: no kernel gives a right result on {table.device.name}: {', '.join(allowed)}")
     return plan
@@ -65,7 +79,11 @@ def _best(
     name: str, ways: Mapping[Plan, Run], problem: Problem, right: Callable[[Plan, Tensor], bool],
     measure: Callable[[Run], float],
 ) -> Plan:  # fmt: skip
-    """The fastest way of one backend; a plan of infinite time where every way fails."""
+    """The fastest way of one backend; a plan of infinite time where every way fails.
+
+    Raises:
+        torch.OutOfMemoryError: there is no memory for one of the ways, or to check or time it.
+    """
     best = Plan(name, microseconds=FAILED)
     for plan, run in ways.items():
         try:
@@ -73,9 +91,11 @@ def _best(
                 logger.error("%s: %s gives a wrong result and is left out", problem, plan)
                 continue
             time = measure(run)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
-            # Too many registers or too much shared memory for a tile, no such kernel in the library, out of memory:
-            # a library's own exceptions, of any type. That a way cannot run leaves the others.
+            # Too many registers or too much shared memory for a tile, no such kernel in the library: a library's own
+            # exceptions, of any type. That a way cannot run leaves the others.
             logger.warning("%s: %s cannot run: %s", problem, plan, error)
             continue
         if time < time_of(best):
@@ -86,10 +106,11 @@ def _best(
 def measure_on_gpu(run: Run, rounds: int = 15) -> float:
     """Median microseconds of one call in a CUDA graph, its operands coming from memory and not from a cache.
 
-    A call that no graph can capture raises, and so is never chosen: a server captures what was chosen here.
+    A call that no graph can capture raises, and so is never chosen: a server captures what was chosen here. The current
+    device must be the operands'.
     """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=torch.cuda.Stream()):  # torch's own is of the device that first captured
         y = run()
     cache = torch.empty(_CACHE_BYTES, dtype=torch.uint8, device=y.device)
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(rounds)]
