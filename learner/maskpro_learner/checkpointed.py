@@ -115,8 +115,8 @@ def read_checkpoint(path: Path, *, identity: str) -> Iterator[tuple[int, dict[st
                 )
             if metadata.get("run") != identity:
                 raise LearnerError(
-                    f"{path}: a checkpoint of another run (other settings, masks or text; or this machine, its torch or "
-                    "its number of threads rounds otherwise): remove it, or change --output"
+                    f"{path}: a checkpoint of another run (other settings, masks or text; or this machine, its torch "
+                    "or its number of threads rounds otherwise): remove it, or change --output"
                 )
             yield int(metadata["done"]), metadata, file.get_tensor
     except (SafetensorError, OSError, KeyError) as error:
