@@ -22,12 +22,13 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from maskpro_kernels.files import write_atomically
+from maskpro_kernels.base_model import weights_sha256
 from maskpro_learner.chat_prompts import seed_prompts
 from maskpro_learner.checkpoints import load_model, load_tokenizer
 from maskpro_learner.command_line import check_device
 from maskpro_learner.errors import CalibrationError, LearnerError, ModelError
 from maskpro_learner.evaluate import read_chats
+from maskpro_learner.partial_chats import PartialChats
 from maskpro_learner.progress import progress_bar, quiet_transformers
 from maskpro_learner.writers import ModelWriter, ServerWriter, Writer
 
@@ -155,7 +156,7 @@ def answer(
 
 def write_chat_corpus(
     writer: Writer,
-    output: Path,
+    partial: PartialChats,
     *,
     prompts: Sequence[str],
     batch: int = 64,
@@ -168,8 +169,8 @@ def write_chat_corpus(
     """Writes one ``{"messages": [user, assistant]}`` line per prompt whose answer ended in time, in prompt order.
 
     Answers cut off in the middle are left out, for a loss on the text would teach to stop there; ``keep_unfinished`` is
-    for distillation, which asks the dense model at every position what it would say. The file is written anew after
-    every batch, so that a stop keeps what is done.
+    for distillation, which asks the dense model at every position what it would say. What ``partial`` has already is
+    not asked again; the output appears at the end, whole.
 
     Returns:
         The number of conversations written.
@@ -179,24 +180,26 @@ def write_chat_corpus(
         OSError: the output cannot be written.
     """
     check_chat(writer.tokenizer)
-    lines: list[str] = []
-    for start in range(0, len(prompts), batch):
+    advance(partial.answered)
+    for start in range(partial.answered, len(prompts), batch):
         part = prompts[start : start + batch]
         texts = answer(
             writer, part, max_new_tokens=max_new_tokens, temperature=temperature,
             seed=_seed(seed, "answers", start),
             keep_unfinished=keep_unfinished,
         )  # fmt: skip
+        lines = []
         for prompt, text in zip(part, texts, strict=True):
             if text:
                 messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
                 lines.append(json.dumps({"messages": messages}, ensure_ascii=False))
-        if lines:
-            write_atomically(output, ("\n".join(lines) + "\n").encode())
+        partial.add(len(part), lines)
         advance(len(part))
-    if not lines:
+    if not partial.chats:
+        partial.discard()
         raise ModelError(f"no answer ended within {max_new_tokens} tokens: expected at least one")
-    return len(lines)
+    partial.finish()
+    return len(partial.chats)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -229,6 +232,17 @@ def _check(options: argparse.Namespace) -> None:
     for name in ("dtype", "device"):
         if getattr(options, name) is not None:
             raise LearnerError(f"--{name} is for a model loaded here: expected none with --server")
+
+
+def _run(options: argparse.Namespace, prompts: Sequence[str], writer: Writer) -> dict[str, object]:
+    """What the chats of a command depend on."""
+    names = ("prompts", "own_prompts", "seed", "batch", "max_new_tokens", "temperature", "prompt_temperature")
+    asked = "\0".join(prompts).encode()
+    return {name: getattr(options, name) for name in (*names, "keep_unfinished", "dtype")} | {
+        "model": weights_sha256(options.model),
+        "served": writer.served if isinstance(writer, ServerWriter) else None,
+        "asked": hashlib.sha256(asked).hexdigest(),
+    }
 
 
 def _writer(options: argparse.Namespace) -> Writer:
@@ -280,20 +294,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not options.output.parent.is_dir():
             raise LearnerError(f"{options.output}: its folder does not exist")
         writer = _writer(options)
-        if options.own_prompts:
+        partial = PartialChats(options.output, _run(options, prompts, writer))
+        if partial.prompts is not None:
+            prompts = partial.prompts
+        elif options.own_prompts:
             check_chat(writer.tokenizer)
             with progress_bar("writing prompts", count) as advance:
                 prompts = own_prompts(
                     writer, count, batch=options.batch,
                     temperature=options.prompt_temperature, seed=options.seed, advance=advance,
                 )  # fmt: skip
+            partial.remember_prompts(prompts)
         with progress_bar("writing answers", len(prompts)) as advance:
             written = write_chat_corpus(
-                writer, options.output, prompts=prompts, batch=options.batch,
+                writer, partial, prompts=prompts, batch=options.batch,
                 max_new_tokens=options.max_new_tokens, temperature=options.temperature, seed=options.seed,
                 keep_unfinished=options.keep_unfinished, advance=advance,
             )  # fmt: skip
     except KeyboardInterrupt:
+        print("interrupted; the same command goes on after the last whole batch", file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

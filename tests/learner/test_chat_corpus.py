@@ -6,14 +6,16 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from maskpro_learner import ModelError
+from maskpro_learner import ModelError, chat_corpus
 from maskpro_learner.chat_corpus import answer, main, own_prompts, render_prompt, write_chat_corpus
 from maskpro_learner.chat_prompts import prompt_families, seed_prompts
+from maskpro_learner.partial_chats import PartialChats
 from maskpro_learner.writers import ModelWriter
 
 
@@ -184,10 +186,51 @@ def test_command_line(model_folder: Path, tmp_path: Path, capsys: pytest.Capture
     assert output.read_bytes() == before
 
 
+@pytest.mark.parametrize("own", [False, True], ids=["seeds", "own prompts"])
+def test_a_stopped_run_goes_on_to_the_same_bytes(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], own: bool
+) -> None:
+    whole, output = tmp_path / "whole.jsonl", tmp_path / "chats.jsonl"
+    partial = tmp_path / "chats.jsonl.partial"
+    arguments = [
+        "--model", str(model_folder), "--device", "cpu", "--prompts", "40", "--batch", "4", "--keep-unfinished",
+        "--max-new-tokens", "6", "--temperature", "1", *(["--own-prompts"] if own else []), "--output",
+    ]  # fmt: skip
+    assert main([*arguments, str(whole)]) == 0
+    batches = []
+
+    def stopping(*positional: Any, **named: Any) -> list[str | None]:
+        if len(batches) == 3:
+            raise KeyboardInterrupt
+        batches.append(positional[1])
+        return answer(*positional, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(chat_corpus, "answer", stopping)
+        assert main([*arguments, str(output)]) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    assert not output.exists()
+    with partial.open("ab") as file:
+        file.write(b'{"answered": 4, "cha')  # as a kill leaves it
+    kept = partial.read_bytes()
+    assert main([*arguments, str(output), "--seed", "9"]) == 2
+    assert "chats.jsonl.partial: chats of another run" in capsys.readouterr().err
+    assert partial.read_bytes() == kept
+    again = []
+    with monkeypatch.context() as patch:
+        patch.setattr(chat_corpus, "own_prompts", lambda *_, **__: pytest.fail("prompts written again"))
+        patch.setattr(chat_corpus, "answer", lambda *a, **k: again.append(a[1]) or answer(*a, **k))
+        assert main([*arguments, str(output)]) == 0
+    assert output.read_bytes() == whole.read_bytes()
+    assert not partial.exists()
+    assert len(again) > 1
+    assert not {prompt for part in batches for prompt in part} & {prompt for part in again for prompt in part}
+
+
 def test_a_model_without_chat_template(
     tmp_path: Path, tiny_model: Callable[[], PreTrainedModel], tokenizer: PreTrainedTokenizerFast
 ) -> None:
     tokenizer.chat_template = None
     with pytest.raises(ModelError, match="no chat template"):
-        write_chat_corpus(ModelWriter(tiny_model(), tokenizer), tmp_path / "a.jsonl", prompts=["cat"])
+        write_chat_corpus(ModelWriter(tiny_model(), tokenizer), PartialChats(tmp_path / "a", {}), prompts=["cat"])
     assert not list(tmp_path.iterdir())
