@@ -82,16 +82,16 @@ def settings_from(environment: Environment) -> LoadSettings:
 def prepare(environment: Environment, **_: Any) -> None:
     """Makes the run that all users share."""
     environment.load_run = None
-    if isinstance(environment.runner, MasterRunner):
-        return
     options = environment.parsed_options
     try:
+        if isinstance(environment.runner, (MasterRunner, WorkerRunner)) and (options.rate or options.warmup):
+            raise ValueError("--rate and --warmup are for one process: a worker does not know its number of users")
+        if isinstance(environment.runner, MasterRunner):
+            return
         if not environment.host:
             raise ValueError("--host is required: the endpoint's URL without /v1")
         if options.records and not options.requests:
             raise ValueError("--records needs --requests")
-        if isinstance(environment.runner, WorkerRunner) and (options.rate or options.warmup):
-            raise ValueError("--rate and --warmup are for one process: a worker does not know its number of users")
         settings = settings_from(environment)
         client = StreamingClient(
             environment.host,

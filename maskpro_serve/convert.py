@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +93,7 @@ def convert(
 
     Memory: some rows of one tensor and their packed form, and of a mask in a zip archive one bit a weight.
 
-    The model's files are read once, and once more where the mask says which weights it was made for.
+    The model's files are read once, and beside that hashed where the mask says which weights it was made for.
     """
     target = Path(output)
     if values not in (None, "int8"):
@@ -112,7 +114,8 @@ def convert(
         raise CheckpointError("without --mask, --pattern must say which N:M the model's zeros satisfy, or auto")
     provenance: dict[str, Any] = {"method": "zeros of the dense checkpoint"} if masks is None else masks.provenance
     updates = _recovery(recovery, masks, dense, provenance)
-    warnings = _warnings(source, masks, recovery, provenance)
+    claims = [] if masks is None else [(masks.path, provenance)]
+    check = _BaseCheck(source, claims if recovery is None else [*claims, (Path(recovery), provenance["recovery"])])
     with partial_output(target, _inputs(dense, mask, pattern, recovery, values, shard_bytes)) as partial:
         plan = _plan(partial, dense, masks, None if pattern == "auto" else pattern, progress)
         shards = plan_shards(dense, plan, values, shard_bytes)
@@ -121,6 +124,7 @@ def convert(
         with _progress_bar("packing", sum(info.nbytes for info in dense.headers.values()), progress) as advance:
             for shard in shards:
                 write_shard(partial.folder / shard.file, shard, packer, advance)
+        warnings = check.warnings(provenance)
         write_rest(partial.folder, dense, shards, PackedFormat(
             plan.pattern, ("lm_head", *sorted(plan.dense)), provenance, values,
         ))  # fmt: skip
@@ -191,20 +195,37 @@ def _recovery(
     return file.updates
 
 
-def _warnings(
-    folder: Path, masks: MaskSource | None, recovery: str | os.PathLike[str] | None, provenance: dict[str, Any]
-) -> tuple[str, ...]:
-    """Whether the mask and the recovery were made for these weights; if not, the provenance says which these are."""
-    claims = [] if masks is None else [(masks.path, provenance)]
-    if recovery is not None:
-        claims.append((Path(recovery), provenance["recovery"]))
-    if not any("base_model_sha256" in claim for _, claim in claims):
-        return ()
-    found = weights_sha256(str(folder))
-    warnings = [warning for path, claim in claims if (warning := other_base(path, claim, found)) is not None]
-    if warnings:
-        provenance["packed_model_sha256"] = found
-    return tuple(warnings)
+class _BaseCheck:
+    """Finds out, while the weights are packed, whether a mask and its recovery were made for them.
+
+    Hashing goes on beside packing, in a thread that ends with the process: it reads the same files.
+    """
+
+    def __init__(self, folder: Path, claims: Sequence[tuple[Path, Mapping[str, Any]]]) -> None:
+        self._claims = [claim for claim in claims if "base_model_sha256" in claim[1]]
+        self._found: Future[str | None] = Future()
+        if self._claims:
+            threading.Thread(target=self._hash, args=(folder,), daemon=True).start()
+
+    def warnings(self, provenance: dict[str, Any]) -> tuple[str, ...]:
+        """A sentence for each that was made for others; the provenance then says which these are.
+
+        Raises:
+            OSError, CheckpointError: the weights cannot be read.
+        """
+        if not self._claims:
+            return ()
+        found = self._found.result()
+        warnings = [warning for path, claim in self._claims if (warning := other_base(path, claim, found)) is not None]
+        if warnings:
+            provenance["packed_model_sha256"] = found
+        return tuple(warnings)
+
+    def _hash(self, folder: Path) -> None:
+        try:
+            self._found.set_result(weights_sha256(str(folder)))
+        except (OSError, CheckpointError) as error:
+            self._found.set_exception(error)
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from maskpro_kernels import NMPattern
 from maskpro_kernels.bits import bitmask_width
+from maskpro_kernels.base_model import weights_sha256
 from maskpro_kernels.files import TensorSpec, file_sha256, safetensors_stream
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -71,10 +72,12 @@ def write_model(folder: Path, shape: str) -> tuple[list[TensorSpec], Path]:
             for spec in held:
                 put(spec.name, noise.repeat(-(-spec.nbytes // noise.nbytes))[: spec.nbytes // 2].reshape(spec.shape))
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    return specs, write_mask(folder.with_suffix(".mask.safetensors"), [s for s in specs if "_proj." in s.name])
+    return specs, write_mask(folder, [s for s in specs if "_proj." in s.name])
 
 
-def write_mask(path: Path, linears: list[TensorSpec]) -> Path:
+def write_mask(model: Path, linears: list[TensorSpec]) -> Path:
+    """A mask file beside the model, which says as a learned one does which weights it is for."""
+    path = model.with_suffix(".mask.safetensors")
     groups = np.array([0b0011, 0b0101, 0b1001, 0b0110, 0b1010, 0b1100], dtype=np.uint8)
     drawn = groups[np.random.default_rng(0).integers(0, 6, size=(2, 1 << 23))]
     bits = torch.from_numpy(drawn[0] | drawn[1] << 4)
@@ -82,7 +85,7 @@ def write_mask(path: Path, linears: list[TensorSpec]) -> Path:
     shapes = {spec.name: list(spec.shape) for spec in linears}
     metadata = {
         "format": "maskpro-mask", "format_version": "1", "encoding": "bitmask", "pattern": str(NMPattern(2, 4)),
-        "shapes": json.dumps(shapes),
+        "shapes": json.dumps(shapes), "base_model": model.name, "base_model_sha256": weights_sha256(str(model)) or "",
     }  # fmt: skip
     with safetensors_stream(path, masks, metadata) as put:
         for spec in masks:

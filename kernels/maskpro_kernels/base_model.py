@@ -9,7 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from maskpro_kernels.model_folder import CheckpointError, weight_files
+from maskpro_kernels.model_folder import INDEX, CheckpointError, weight_files
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _CHUNK = 1 << 22
@@ -38,8 +38,11 @@ def model_folder(name: str) -> Path:
     if folder.exists() or not is_hub_id(name):
         return folder
     try:
-        return Path(snapshot_download(name, allow_patterns=list(MODEL_FILES), ignore_patterns="*/*"))
-    except (OSError, ValueError) as error:
+        # Some repositories hold the weights a second time, in Mistral's own format.
+        return Path(snapshot_download(name, allow_patterns=list(MODEL_FILES), ignore_patterns=["*/*", "consolidated*"]))
+    except Exception as error:  # of the hub's client, or of whatever HTTP library it has
+        if incomplete := getattr(error, "snapshot_path", None):  # offline: what is missing may not be needed
+            return Path(incomplete)
         reason = str(error).strip().partition("\n")[0]
         raise CheckpointError(f"{name}: no such folder, and the hub does not give it: {reason}") from error
 
@@ -55,7 +58,7 @@ def weights_sha256(name: str) -> str | None:
         OSError: a file cannot be read.
     """
     folder = model_folder(name)
-    if not any(folder.glob("*.safetensors")):
+    if not any((folder / file).is_file() for file in (INDEX, "model.safetensors")):  # a mask may lie there, too
         return None
     digest = hashlib.sha256()
     for path in weight_files(folder):

@@ -140,7 +140,9 @@ def main() -> int:
             document["rows"][row] = {"of": of, **measured(row, prepared(row, options, tokens), tokenizer, options)}
             write_atomically(options.json, (json.dumps(document, indent=2) + "\n").encode())
             print(row, json.dumps(document["rows"][row]), flush=True)
-    Console(width=120).print(table(document["rows"]))
+    rows = document["rows"].items()
+    found = {row: numbers for row, numbers in rows if numbers.get("of") == inputs(row, options)}
+    Console(width=120).print(table(found))
     return 0
 
 

@@ -115,15 +115,18 @@ def _text(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
 
 
 def prompts_of(path: Path) -> list[str]:
-    """The prompts that open the conversations of a JSONL file, each once.
+    """The users' first messages in the conversations of a JSONL file, each once.
 
     Raises:
         CalibrationError: it is no such file; names it.
     """
     try:
-        return list(dict.fromkeys(chat[0]["content"] for chat in read_chats(path)))
-    except (KeyError, IndexError, TypeError) as error:
-        raise CalibrationError(f"{path}: expected messages with content, found none: {error!r}") from error
+        asked = [next(message["content"] for message in chat if message["role"] == "user") for chat in read_chats(path)]
+    except (KeyError, TypeError, StopIteration) as error:
+        raise CalibrationError(f"{path}: expected a user's message in every chat, found none: {error!r}") from error
+    if wrong := [content for content in asked if not isinstance(content, str)]:
+        raise CalibrationError(f"{path}: expected the text of a user's message, found {wrong[0]!r}")
+    return list(dict.fromkeys(asked))
 
 
 def answer(
@@ -239,8 +242,7 @@ def _run(options: argparse.Namespace, prompts: Sequence[str], writer: Writer) ->
     names = ("prompts", "own_prompts", "seed", "batch", "max_new_tokens", "temperature", "prompt_temperature")
     asked = "\0".join(prompts).encode()
     return {name: getattr(options, name) for name in (*names, "keep_unfinished", "dtype")} | {
-        "model": weights_sha256(options.model),
-        "served": writer.served if isinstance(writer, ServerWriter) else None,
+        "model": writer.served if isinstance(writer, ServerWriter) else weights_sha256(options.model),
         "asked": hashlib.sha256(asked).hexdigest(),
     }
 
@@ -268,7 +270,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--prompts", type=int, help="user prompts to answer (default 480, or all of --prompts-of, from the first on)"
     )
-    parser.add_argument("--prompts-of", type=Path, metavar="FILE", help="answer the prompts that open these chats")
+    parser.add_argument(
+        "--prompts-of", type=Path, metavar="FILE", help="answer the users' first messages in these chats"
+    )
     parser.add_argument(
         "--own-prompts", action="store_true", help="let the model write the prompts; doubles and long ones are left out"
     )

@@ -77,14 +77,15 @@ def check_log(path: Path, kind: type[Numbered]) -> None:
     """Checks that a log would be written over nothing but a log: calibration text has the same ending.
 
     Raises:
-        LearnerError: the file begins with another thing than a step.
+        LearnerError: the file begins with another thing than a step, whole or cut short.
     """
     if not path.is_file():
         return
     with path.open("rb") as file:
         line = file.readline()
+    cut = b'{"step": '
     try:
-        if line:
+        if line.endswith(b"\n") or not (line.startswith(cut) or cut.startswith(line)):
             kind(**json.loads(line))
     except (ValueError, TypeError) as error:
         raise LearnerError(

@@ -91,7 +91,7 @@ def test_what_memory_was_lacking_for_is_measured_the_next_time(monkeypatch, tmp_
     with caplog.at_level(logging.WARNING):
         choices = Dispatcher(HOPPER, PlanTable(HOPPER, tmp_path), gpu.measure)
         assert choices.plan(operands(3)).backend == "cutlass"
-    assert "no memory to measure cusparselt, which is left out for now" in caplog.text
+    assert ": no memory to measure " in caplog.text
     again = FakeGPU(monkeypatch, TIMES)
     assert Dispatcher(HOPPER, PlanTable(HOPPER, tmp_path), again.measure).plan(operands(3)).backend == "cusparselt"
     assert set(again.ran) == {"cusparselt"}

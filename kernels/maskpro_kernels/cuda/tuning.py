@@ -44,29 +44,30 @@ def choose(
         RuntimeError: not one of them gives a right result; each one's reason was logged.
         torch.OutOfMemoryError: there was no memory to measure any of them.
 
-    What memory was lacking for is not remembered: there may be more the next time.
+    A backend for one of whose ways memory was lacking is not added to the table: the next process may have more.
     """
     allowed = list(allowed)
     known = table.of(problem)
     new: list[Plan] = []
+    passing: dict[str, Plan] = {}
     lacking: torch.OutOfMemoryError | None = None
     for name in allowed:
         if name not in known:
-            try:
-                new.append(_best(name, ways(name), problem, right, measure))
-            except torch.OutOfMemoryError as error:
-                logger.warning("%s: no memory to measure %s, which is left out for now: %s", problem, name, error)
-                lacking = error
+            plan, error = _best(name, ways(name), problem, right, measure)
+            if error is None:
+                new.append(plan)
+            else:
+                passing[name], lacking = plan, error
     if new:
         table.add(problem, new)
         known = table.of(problem)
         times = ", ".join(f"{plan.backend} {plan.microseconds:.1f}" for plan in known.values())
         logger.info("%s: microseconds: %s", problem, times)
-    measured = [known[name] for name in allowed if name in known]
-    if lacking is not None and all(time_of(plan) == FAILED for plan in measured):
-        raise lacking
-    plan = min(measured, key=time_of)
+    known = {**known, **passing}
+    plan = min((known[name] for name in allowed), key=time_of)
     if time_of(plan) == FAILED:
+        if lacking is not None:
+            raise lacking
         raise RuntimeError(f"{problem}: no kernel gives a right result on {table.device.name}: {', '.join(allowed)}")
     return plan
 
@@ -78,21 +79,20 @@ def time_of(plan: Plan) -> float:
 def _best(
     name: str, ways: Mapping[Plan, Run], problem: Problem, right: Callable[[Plan, Tensor], bool],
     measure: Callable[[Run], float],
-) -> Plan:  # fmt: skip
-    """The fastest way of one backend; a plan of infinite time where every way fails.
-
-    Raises:
-        torch.OutOfMemoryError: there is no memory for one of the ways, or to check or time it.
-    """
+) -> tuple[Plan, torch.OutOfMemoryError | None]:  # fmt: skip
+    """The fastest way of one backend, a plan of infinite time where every way fails; and whether one lacked memory."""
     best = Plan(name, microseconds=FAILED)
+    lacking: torch.OutOfMemoryError | None = None
     for plan, run in ways.items():
         try:
             if not right(plan, run()):
                 logger.error("%s: %s gives a wrong result and is left out", problem, plan)
                 continue
             time = measure(run)
-        except torch.OutOfMemoryError:
-            raise
+        except torch.OutOfMemoryError as error:
+            logger.warning("%s: no memory to measure %s, which is left out for now: %s", problem, plan, error)
+            lacking = error
+            continue
         except Exception as error:
             # Too many registers or too much shared memory for a tile, no such kernel in the library: a library's own
             # exceptions, of any type. That a way cannot run leaves the others.
@@ -100,7 +100,7 @@ def _best(
             continue
         if time < time_of(best):
             best = Plan(name, plan.tile, time)
-    return best
+    return best, lacking
 
 
 def measure_on_gpu(run: Run, rounds: int = 15) -> float:
