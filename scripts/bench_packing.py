@@ -29,8 +29,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from maskpro_kernels import NMPattern
-from maskpro_kernels.bits import bitmask_width
 from maskpro_kernels.base_model import weights_sha256
+from maskpro_kernels.bits import bitmask_width
 from maskpro_kernels.files import TensorSpec, file_sha256, safetensors_stream
 
 SHAPES: dict[str, dict[str, Any]] = {
