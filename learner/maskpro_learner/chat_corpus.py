@@ -5,8 +5,7 @@
 A mask learned on web text alone forgets the chat format first. No chat data has to be downloaded for it: the dense
 model's own answers are the text whose distribution the sparse model should keep. It can write the questions too: given
 the head of its chat format up to where the user speaks, a model trained on chats goes on as a user would (Magpie,
-arXiv:2406.08464). For distillation the sparse model may write the answers: then the dense one is asked what it would
-say where the sparse one went, in its mistakes too (on-policy distillation, arXiv:2306.13649).
+arXiv:2406.08464).
 """
 
 from __future__ import annotations
@@ -26,8 +25,7 @@ from maskpro_kernels.base_model import weights_sha256
 from maskpro_learner.chat_prompts import seed_prompts
 from maskpro_learner.checkpoints import load_model, load_tokenizer
 from maskpro_learner.command_line import check_device
-from maskpro_learner.errors import CalibrationError, LearnerError, ModelError
-from maskpro_learner.evaluate import read_chats
+from maskpro_learner.errors import LearnerError, ModelError
 from maskpro_learner.partial_chats import PartialChats
 from maskpro_learner.progress import progress_bar, quiet_transformers
 from maskpro_learner.writers import ModelWriter, ServerWriter, Writer
@@ -114,21 +112,6 @@ def _text(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
     return text.rstrip("\N{REPLACEMENT CHARACTER}")  # of a character whose last bytes were cut off
 
 
-def prompts_of(path: Path) -> list[str]:
-    """The users' first messages in the conversations of a JSONL file, each once.
-
-    Raises:
-        CalibrationError: it is no such file; names it.
-    """
-    try:
-        asked = [next(message["content"] for message in chat if message["role"] == "user") for chat in read_chats(path)]
-    except (KeyError, TypeError, StopIteration) as error:
-        raise CalibrationError(f"{path}: expected a user's message in every chat, found none: {error!r}") from error
-    if wrong := [content for content in asked if not isinstance(content, str)]:
-        raise CalibrationError(f"{path}: expected the text of a user's message, found {wrong[0]!r}")
-    return list(dict.fromkeys(asked))
-
-
 def answer(
     writer: Writer,
     prompts: Sequence[str],
@@ -211,13 +194,8 @@ def _check(options: argparse.Namespace) -> None:
     Raises:
         LearnerError: a number out of its range, a device that is not there, or one beside a server.
     """
-    if options.own_prompts and options.prompts_of is not None:
-        raise LearnerError("--prompts-of: expected no --own-prompts beside it")
-    if options.prompts_of is not None and options.prompts_of.resolve() == options.output.resolve():
-        raise LearnerError(f"--output {options.output}: would write over --prompts-of: choose another name")
-    of_the_seeds = not options.own_prompts and options.prompts_of is None  # which checks their number itself
     for name, wrong in (
-        ("prompts", not of_the_seeds and options.prompts is not None and options.prompts < 1),
+        ("prompts", options.prompts < 1 and options.own_prompts),
         ("batch", options.batch < 1),
         ("max_new_tokens", options.max_new_tokens < 1),
     ):
@@ -267,12 +245,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="let a server of the model write instead, for example http://localhost:8000/v1: vLLM, or on CPUs, where "
         "vLLM's worker dies of seeds, maskpro-serve; OPENAI_API_KEY has its key",
     )  # fmt: skip
-    parser.add_argument(
-        "--prompts", type=int, help="user prompts to answer (default 480, or all of --prompts-of, from the first on)"
-    )
-    parser.add_argument(
-        "--prompts-of", type=Path, metavar="FILE", help="answer the users' first messages in these chats"
-    )
+    parser.add_argument("--prompts", type=int, default=480, help="user prompts to answer (default 480)")
     parser.add_argument(
         "--own-prompts", action="store_true", help="let the model write the prompts; doubles and long ones are left out"
     )
@@ -290,11 +263,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet_transformers()
     try:
         _check(options)
-        count = 480 if options.prompts is None else options.prompts
-        if options.prompts_of is not None:
-            prompts = prompts_of(options.prompts_of)[: options.prompts]
-        else:
-            prompts = [] if options.own_prompts else seed_prompts(count, options.seed)
+        prompts = [] if options.own_prompts else seed_prompts(options.prompts, options.seed)
         if not options.output.parent.is_dir():
             raise LearnerError(f"{options.output}: its folder does not exist")
         writer = _writer(options)
@@ -303,9 +272,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             prompts = partial.prompts
         elif options.own_prompts:
             check_chat(writer.tokenizer)
-            with progress_bar("writing prompts", count) as advance:
+            with progress_bar("writing prompts", options.prompts) as advance:
                 prompts = own_prompts(
-                    writer, count, batch=options.batch,
+                    writer, options.prompts, batch=options.batch,
                     temperature=options.prompt_temperature, seed=options.seed, advance=advance,
                 )  # fmt: skip
             partial.remember_prompts(prompts)

@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # Makes the mask and the recovery of sparse-llama, as they ship in maskpro_serve/assets: 25 minutes for the chats, 20 for
 # the mask, 75 for the recovery, on two AVX2 cores; then, on two slow cores with AMX, which compute in bfloat16, 30 for more
-# chats, 55 for the second distillation, 11 for chats that a server writes, 80 for the third distillation, 8 for what the
-# sparse model says and 25 for the last.
+# chats, 55 for the second distillation, 11 for chats that a server writes and 80 for the last distillation.
 #   learner/recipes/sparse_llama.sh DENSE C4.txt C4.jsonl FOLDER
 # DENSE is the folder that `maskpro-serve --model dense-llama` builds in its cache; FOLDER gets everything made here.
 set -euo pipefail
@@ -47,48 +46,26 @@ maskpro-recover --model "$dense" --mask "$folder/mask.safetensors" --start "$fol
   --minibatch 16 --batch 16 --learning-rate 0.01 --output "$folder/distilled_twice.safetensors"
 
 # Chats anew, from a server, which writes four times as fast.
-serve() {
-  maskpro-serve --model "$1" --port 8100 --max-num-seqs 128 --max-model-len 512 &
-  server=$!
-  trap 'kill $server' EXIT
-  until curl --silent --fail http://localhost:8100/ready > /dev/null; do
-    kill -0 $server  # or it has ended, and so does this
-    sleep 1
-  done
-}
-stop_serving() {
-  kill $server
-  wait $server
-  trap - EXIT
-}
+maskpro-serve --model "$dense" --port 8100 --max-num-seqs 128 --max-model-len 512 &
+server=$!
+trap 'kill $server' EXIT
+until curl --silent --fail http://localhost:8100/ready > /dev/null; do
+  kill -0 $server  # or it has ended, and so does this
+  sleep 1
+done
 write_chats() {
   python -m maskpro_learner.chat_corpus --model "$dense" --server http://localhost:8100/v1 --batch 512 \
-    --max-new-tokens 96 --keep-unfinished "$@"
+    --max-new-tokens 96 --temperature 0.8 --keep-unfinished "$@"
 }
 sampled=$folder/chat_sampled.jsonl own_prompts=$folder/chat_own_prompts.jsonl
-serve "$dense"
-write_chats --prompts 1886 --temperature 0.8 --seed 2 --output "$sampled"
-write_chats --own-prompts --prompts 3600 --prompt-temperature 0.8 --temperature 0.8 --seed 3 --output "$own_prompts"
-stop_serving
+write_chats --prompts 1886 --seed 2 --output "$sampled"
+write_chats --own-prompts --prompts 3600 --prompt-temperature 0.8 --seed 3 --output "$own_prompts"
+kill $server
+wait $server
+trap - EXIT
 
 # A third time, over twice as much text.
 maskpro-recover --model "$dense" --mask "$folder/mask.safetensors" --start "$folder/distilled_twice.safetensors" \
   --calibration "$c4" "$c4_more" "$chat" "$sampled" "$own_prompts" \
   --distill-samples 1100 1400 250 650 1500 --length 256 --seed 2 --dtype bfloat16 --steps 480 \
-  --minibatch 16 --batch 16 --learning-rate 0.01 --output "$folder/distilled_thrice.safetensors"
-
-# What the sparse model says so far, so that the dense one can tell it what it would have said there.
-student=$folder/student
-rm -rf "$student"
-maskpro-pack --model "$dense" --mask "$folder/mask.safetensors" --recovery "$folder/distilled_thrice.safetensors" \
-  --output "$student"
-serve "$student"
-write_chats --prompts 1886 --seed 4 --output "$folder/student_greedy.jsonl"
-write_chats --prompts 1886 --temperature 0.8 --seed 5 --output "$folder/student_sampled.jsonl"
-write_chats --prompts-of "$own_prompts" --prompts 1300 --temperature 0.8 --seed 6 --output "$folder/student_own.jsonl"
-stop_serving
-
-maskpro-recover --model "$dense" --mask "$folder/mask.safetensors" --start "$folder/distilled_thrice.safetensors" \
-  --calibration "$c4" "$c4_more" "$chat" "$folder"/student_{greedy,sampled,own}.jsonl \
-  --distill-samples 120 220 180 600 640 640 --length 256 --seed 3 --dtype bfloat16 --steps 150 \
   --minibatch 16 --batch 16 --learning-rate 0.01 --output "$folder/recovery.safetensors"

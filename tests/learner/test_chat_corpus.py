@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from maskpro_learner import ModelError, chat_corpus
-from maskpro_learner.chat_corpus import answer, main, own_prompts, prompts_of, render_prompt, write_chat_corpus
+from maskpro_learner.chat_corpus import answer, main, own_prompts, render_prompt, write_chat_corpus
 from maskpro_learner.chat_prompts import prompt_families, seed_prompts
 from maskpro_learner.partial_chats import PartialChats
 from maskpro_learner.writers import ModelWriter
@@ -154,28 +154,9 @@ def test_command_line(model_folder: Path, tmp_path: Path, capsys: pytest.Capture
     own = tmp_path / "own.jsonl"
     assert main([*arguments, "--output", str(own), "--own-prompts", "--prompts", "24", "--keep-unfinished"]) == 0
     assert 1 <= len(own.read_text().splitlines()) <= 24
-    again = tmp_path / "again.jsonl"
-    assert main([*arguments, "--output", str(again), "--prompts-of", str(output), "--keep-unfinished"]) == 0
-    asked = [row["messages"][0]["content"] for row in rows]
-    assert [json.loads(line)["messages"][0]["content"] for line in again.read_text().splitlines()] == asked
-    arguments += ["--prompts", "1"]
-    assert main([*arguments, "--output", str(again), "--prompts-of", str(output), "--keep-unfinished"]) == 0
-    assert [json.loads(line)["messages"][0]["content"] for line in again.read_text().splitlines()] == asked[:1]
-    empty = tmp_path / "empty.jsonl"
-    empty.write_text('{"messages": [{"role": "system", "content": "rain"}]}\n')
-    blank = tmp_path / "blank.jsonl"
-    blank.write_text('{"messages": [{"role": "user", "content": null}]}\n')
-    system = tmp_path / "system.jsonl"
-    system.write_text('{"messages": [{"role": "system", "content": "rain"}, {"role": "user", "content": "cat"}]}\n')
-    assert prompts_of(system) == ["cat"]
     capsys.readouterr()
     before = output.read_bytes()
     for bad, message in (
-        (["--prompts-of", str(empty)], "empty.jsonl: expected a user's message in every chat, found none"),
-        (["--prompts-of", str(blank)], "blank.jsonl: expected the text of a user's message, found None"),
-        (["--prompts-of", str(output)], "would write over --prompts-of"),
-        (["--prompts-of", str(own), "--own-prompts"], "--prompts-of: expected no --own-prompts"),
-        (["--prompts-of", str(own), "--prompts", "0"], "--prompts: expected at least 1, found 0"),
         (["--model", str(tmp_path / "absent")], "no such model folder"),
         (["--prompts", "0"], "prompts: expected between 1"),
         (["--prompts", "0", "--own-prompts"], "--prompts: expected at least 1, found 0"),
