@@ -187,7 +187,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     batches = []
 
     def stopping(*positional: Any, **named: Any) -> list[str | None]:
-        if len(batches) == 3:
+        if batches:
             raise KeyboardInterrupt
         batches.append(positional[1])
         return answer(*positional, **named)
@@ -210,7 +210,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
         assert main([*arguments, str(output)]) == 0
     assert output.read_bytes() == whole.read_bytes()
     assert not partial.exists()
-    assert len(again) > 1
+    assert again
     assert not {prompt for part in batches for prompt in part} & {prompt for part in again for prompt in part}
 
 
