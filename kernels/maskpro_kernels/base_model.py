@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 
 from maskpro_kernels.model_folder import INDEX, CheckpointError, weight_files
+
+logger = logging.getLogger(__name__)
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _CHUNK = 1 << 22
@@ -29,7 +32,7 @@ def model_folder(name: str) -> Path:
 
     Args:
         name: a folder, whether or not it is there, or a hub id, whose :data:`MODEL_FILES` are downloaded unless the
-            hub's cache has them.
+            hub's cache has them. What the cache lacks of them when the hub cannot be reached is logged as a warning.
 
     Raises:
         CheckpointError: neither the hub nor its cache gives the model.
@@ -41,9 +44,10 @@ def model_folder(name: str) -> Path:
         # Some repositories hold the weights a second time, in Mistral's own format.
         return Path(snapshot_download(name, allow_patterns=list(MODEL_FILES), ignore_patterns=["*/*", "consolidated*"]))
     except Exception as error:  # of the hub's client, or of whatever HTTP library it has
-        if incomplete := getattr(error, "snapshot_path", None):  # offline: what is missing may not be needed
-            return Path(incomplete)
         reason = str(error).strip().partition("\n")[0]
+        if incomplete := getattr(error, "snapshot_path", None):  # what is missing may not be needed
+            logger.warning("%s: from the hub's cache, which has not all of it: %s", name, reason)
+            return Path(incomplete)
         raise CheckpointError(f"{name}: no such folder, and the hub does not give it: {reason}") from error
 
 

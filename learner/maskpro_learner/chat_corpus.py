@@ -216,10 +216,12 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _run(options: argparse.Namespace, prompts: Sequence[str], writer: Writer) -> dict[str, object]:
-    """What the chats of a command depend on."""
+    """What the chats of a command depend on; of a server's model, as far as its name tells."""
     names = ("prompts", "own_prompts", "seed", "batch", "max_new_tokens", "temperature", "prompt_temperature")
     asked = "\0".join(prompts).encode()
     return {name: getattr(options, name) for name in (*names, "keep_unfinished", "dtype")} | {
+        "name": options.model,
+        "template": hashlib.sha256(str(writer.tokenizer.chat_template).encode()).hexdigest(),
         "model": writer.served if isinstance(writer, ServerWriter) else weights_sha256(options.model),
         "asked": hashlib.sha256(asked).hexdigest(),
     }
@@ -285,7 +287,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 keep_unfinished=options.keep_unfinished, advance=advance,
             )  # fmt: skip
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on after the last whole batch", file=sys.stderr)
+        print("interrupted; the same command goes on after the last whole batch of answers", file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Chats in the making: what is written survives a kill, and the same command goes on from there."""
+"""Chats in the making: whole batches of answers survive a kill, and prompts once all of them are written."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes the mask and the recovery of sparse-llama, as they ship in maskpro_serve/assets: 25 minutes for the chats, 20 for
 # the mask, 75 for the recovery, on two AVX2 cores; then, on two slow cores with AMX, which compute in bfloat16, 30 for more
-# chats, 55 for the second distillation, 11 for chats that a server writes and 80 for the last distillation.
+# chats, 55 for the second distillation, 11 for chats that a server writes and 90 for the last distillation.
 #   learner/recipes/sparse_llama.sh DENSE C4.txt C4.jsonl FOLDER
 # DENSE is the folder that `maskpro-serve --model dense-llama` builds in its cache; FOLDER gets everything made here.
 set -euo pipefail
@@ -64,7 +64,7 @@ kill $server
 wait $server
 trap - EXIT
 
-# A third time, over twice as much text.
+# A third time, over more text and for longer.
 maskpro-recover --model "$dense" --mask "$folder/mask.safetensors" --start "$folder/distilled_twice.safetensors" \
   --calibration "$c4" "$c4_more" "$chat" "$sampled" "$own_prompts" \
   --distill-samples 1100 1400 250 650 1500 --length 256 --seed 2 --dtype bfloat16 --steps 480 \

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from processes import run_python
 from safetensors.torch import load_file, save_file
 
-from maskpro_kernels import MaskFileError, NMPattern, NMWeight, read_masks, unpack, write_masks
+from maskpro_kernels import MaskFileError, NMPattern, NMWeight, base_model, read_masks, unpack, write_masks
 from maskpro_kernels.base_model import weights_sha256
 from maskpro_kernels.model_folder import TensorInfo
 from maskpro_kernels.packing import magnitude_mask
@@ -325,7 +325,7 @@ def test_a_mask_of_other_weights_is_said_to_be(tiny, tmp_path, capsys):
         assert config.get("packed_model_sha256") == (of_these if warned else None)
 
 
-def test_a_model_of_the_hub(tiny, tmp_path, monkeypatch):
+def test_a_model_of_the_hub(tiny, tmp_path, monkeypatch, caplog):
     repository = tmp_path / "cache" / "models--somebody--dense"
     shutil.copytree(tiny["dense"], repository / "snapshots" / "0123")
     (repository / "refs").mkdir()
@@ -336,6 +336,16 @@ def test_a_model_of_the_hub(tiny, tmp_path, monkeypatch):
     assert files(tmp_path / "out") == files(tiny["packed"])
     with pytest.raises(CheckpointError, match="somebody/else: no such folder, and the hub does not give it: "):
         convert("somebody/else", tmp_path / "none", mask=tiny["mask"])
+
+    def incomplete(*_, **__):
+        error = RuntimeError("README.md is missing")
+        error.snapshot_path = str(tiny["dense"])
+        raise error
+
+    monkeypatch.setattr(base_model, "snapshot_download", incomplete)
+    convert("somebody/some", tmp_path / "some", mask=tiny["mask"])
+    assert files(tmp_path / "some") == files(tiny["packed"])
+    assert "somebody/some: from the hub's cache, which has not all of it: README.md is missing" in caplog.text
 
 
 def test_only_what_serves_is_copied(tiny, tmp_path):

@@ -91,7 +91,7 @@ def _best(
             time = measure(run)
         except torch.OutOfMemoryError as error:
             logger.warning("%s: no memory to measure %s, which is left out for now: %s", problem, plan, error)
-            lacking = error
+            lacking = error.with_traceback(None)  # whose frames hold what there is no memory for
             continue
         except Exception as error:
             # Too many registers or too much shared memory for a tile, no such kernel in the library: a library's own
