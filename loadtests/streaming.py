@@ -33,6 +33,11 @@ def client_headers() -> dict[str, str]:
     return {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
 
 
+def path_prefix(url: str) -> str:
+    """What comes before ``/v1`` in every path: the HTTP client keeps no more of a URL than host and port."""
+    return urlsplit(url).path.rstrip("/")
+
+
 class AttemptError(Exception):
     """An attempt that gave no answer; ``wait`` is what the server asked to wait, None if it may not be repeated."""
 
@@ -69,7 +74,7 @@ class StreamingClient:
         self._fixed_length = fixed_length
         self._clock = clock
         self._backoff = random.Random(0)
-        self._path = urlsplit(url).path.rstrip("/")
+        self._path = path_prefix(url)
         self._http = HTTPClient.from_url(
             url,
             concurrency=CONNECTIONS,
@@ -206,7 +211,7 @@ def first_model(url: str) -> str:
     """
     client = HTTPClient.from_url(url, connection_timeout=10, network_timeout=30, headers=client_headers())
     try:
-        response = client.request("GET", urlsplit(url).path.rstrip("/") + "/v1/models")
+        response = client.request("GET", path_prefix(url) + "/v1/models")
         return str(json.loads(response.read())["data"][0]["id"])
     except (OSError, HTTPParseError, ValueError, KeyError, IndexError, TypeError) as error:
         raise ValueError(f"{url}/v1/models: expected a list of models, found none; give --model ({error})") from error

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Generator, Iterator
+import shutil
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 from hypothesis import settings
 
 # Before the first import of torch: beside another test process, threads that spin while they wait only take its cores.
@@ -23,6 +25,22 @@ REPOSITORY = Path(__file__).parent.parent
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--refresh-goldens", action="store_true", help="rewrite tests/goldens instead of comparing")
+
+
+@pytest.fixture
+def on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Path], None]:
+    """Puts a model folder into a cache of the hub's, under an id; the hub itself cannot be reached."""
+    cache = tmp_path / "hub"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+    def put(name: str, folder: Path) -> None:
+        repository = cache / f"models--{name.replace('/', '--')}"
+        shutil.copytree(folder, repository / "snapshots" / "0123")
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("0123")
+
+    return put
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)  # outside of pytest-timeout's: to wait for a turn is no time-out

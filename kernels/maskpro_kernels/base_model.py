@@ -15,7 +15,6 @@ from maskpro_kernels.model_folder import INDEX, CheckpointError, weight_files
 logger = logging.getLogger(__name__)
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_CHUNK = 1 << 22
 MODEL_FILES = (
     "*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "*.md", "LICENSE*", "NOTICE*",
 )  # fmt: skip
@@ -66,15 +65,9 @@ def weights_sha256(name: str) -> str | None:
         return None
     digest = hashlib.sha256()
     for path in weight_files(folder):
-        update_from_file(digest, path)
+        with path.open("rb") as file:
+            hashlib.file_digest(file, lambda: digest)  # goes on with the one it is given
     return digest.hexdigest()
-
-
-def update_from_file(digest: hashlib._Hash, path: Path) -> None:
-    """Feeds a file to a digest in pieces."""
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
 
 
 def other_base(path: Path, provenance: Mapping[str, str], found: str | None) -> str | None:

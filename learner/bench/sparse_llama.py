@@ -37,6 +37,7 @@ from maskpro_learner.tasks import read_task_file, run_tasks
 
 PATTERN = NMPattern(2, 4)
 SAMPLES, LENGTH = 48, 512
+ONE_SHOT_ROWS = ("Wanda", "swap", "SparseGPT", "SparseGPT and refit", "magnitude")
 CHAT_ROWS = ("dense", "Wanda", "mask", "mask and recovery")
 
 
@@ -83,19 +84,17 @@ def measured(
     return {**result, "seconds": time.monotonic() - begin}
 
 
-def inputs(row: str, options: argparse.Namespace) -> dict[str, Any]:
-    """What a row's numbers are the numbers of."""
-    found = {
+def inputs(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """What each row's numbers are the numbers of."""
+    dense = {
         "model": weights_sha256(options.model), "text": source_name(options.text), "max_tokens": options.max_tokens,
         "window": options.window, "tasks": [source_name(path) for path in options.tasks], "limit": options.limit,
     }  # fmt: skip
-    if row.startswith("mask"):
-        found["mask"] = file_sha256(options.mask)
-        if row != "mask":
-            found["recovery"] = file_sha256(options.recovery)
-    elif row != "dense":
-        found["calibration"] = [source_name(path) for path in options.calibration]
-    return found
+    masked = dense | {"mask": file_sha256(options.mask)}
+    one_shot = dense | {"calibration": [source_name(path) for path in options.calibration]}
+    return {
+        "dense": dense, "mask and recovery": masked | {"recovery": file_sha256(options.recovery)}, "mask": masked,
+    } | dict.fromkeys(ONE_SHOT_ROWS, one_shot)  # fmt: skip
 
 
 def table(rows: dict[str, dict[str, Any]]) -> Table:
@@ -131,17 +130,15 @@ def main() -> int:
     tokens = calibration_blocks(options.calibration, tokenizer, samples=SAMPLES, length=LENGTH, seed=0)
     document = json.loads(options.json.read_text()) if options.json.exists() else {"rows": {}}
     document |= {"torch": torch.__version__, "threads": torch.get_num_threads(), "command": " ".join(sys.argv)}
-    for row in (
-        "dense", "mask and recovery", "mask", "Wanda", "swap", "SparseGPT", "SparseGPT and refit", "magnitude",
-    ):  # fmt: skip
-        of = inputs(row, options)
+    expected = inputs(options)
+    for row, of in expected.items():
         known = document["rows"].get(row, {}).get("of") == of
         if not known and (not options.rows or row in options.rows):
             document["rows"][row] = {"of": of, **measured(row, prepared(row, options, tokens), tokenizer, options)}
             write_atomically(options.json, (json.dumps(document, indent=2) + "\n").encode())
             print(row, json.dumps(document["rows"][row]), flush=True)
     rows = document["rows"].items()
-    found = {row: numbers for row, numbers in rows if numbers.get("of") == inputs(row, options)}
+    found = {row: numbers for row, numbers in rows if numbers.get("of") == expected.get(row)}
     Console(width=120).print(table(found))
     return 0
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -116,14 +114,8 @@ def test_the_parts_of_a_linear_may_lie_in_different_files(packed: Path) -> None:
     assert torch.equal(logits(load_packed_model(str(packed), torch.float32)[0]), expected)
 
 
-def test_a_packed_model_from_the_hub(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = tmp_path / "cache"
-    repository = cache / "models--somebody--sparse"
-    shutil.copytree(packed, repository / "snapshots" / "0123")
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("0123")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+def test_a_packed_model_from_the_hub(packed: Path, on_the_hub: Callable[[str, Path], None]) -> None:
+    on_the_hub("somebody/sparse", packed)
     model, pattern = load_packed_model("somebody/sparse", torch.float32)
     assert pattern == PATTERN
     assert torch.equal(logits(model), logits(load_packed_model(str(packed), torch.float32)[0]))

@@ -9,7 +9,6 @@ import signal
 import numpy as np
 import pytest
 import torch
-from huggingface_hub import constants
 from hypothesis import given
 from hypothesis import strategies as st
 from processes import run_python
@@ -325,13 +324,8 @@ def test_a_mask_of_other_weights_is_said_to_be(tiny, tmp_path, capsys):
         assert config.get("packed_model_sha256") == (of_these if warned else None)
 
 
-def test_a_model_of_the_hub(tiny, tmp_path, monkeypatch, caplog):
-    repository = tmp_path / "cache" / "models--somebody--dense"
-    shutil.copytree(tiny["dense"], repository / "snapshots" / "0123")
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("0123")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+def test_a_model_of_the_hub(tiny, tmp_path, monkeypatch, caplog, on_the_hub):
+    on_the_hub("somebody/dense", tiny["dense"])
     convert("somebody/dense", tmp_path / "out", mask=tiny["mask"])
     assert files(tmp_path / "out") == files(tiny["packed"])
     with pytest.raises(CheckpointError, match="somebody/else: no such folder, and the hub does not give it: "):
