@@ -79,7 +79,7 @@ def _serve(model: str, arguments: list[str]) -> int:
         _refuse_eager_pipeline(given)
     folder = resolve_model(model)
     if Path(folder).is_dir():
-        packed = check_served(Path(folder), contents=True)
+        packed = None if _is_vllms(Path(folder), given) else check_served(Path(folder), contents=True)
         if packed is not None and _runs_on_cpu():
             # Now, in a sentence, rather than in a worker after vLLM has started.
             select_backend(packed.pattern, torch.float32, torch.bfloat16, "cpu")
@@ -100,6 +100,13 @@ def _serve(model: str, arguments: list[str]) -> int:
         for reason in defaults.reasons:
             print(f"maskpro-serve: default {reason}", file=sys.stderr)
     return _become_server(serve + arguments, environment)
+
+
+def _is_vllms(folder: Path, arguments: Sequence[str]) -> bool:
+    """Whether a folder is vLLM's to judge: one in Mistral's own format, or one without weights that asks for none."""
+    mistrals = (folder / "params.json").is_file() and not (folder / "config.json").exists()
+    dummy = flag_value(arguments, "--load-format") == "dummy" and not any(folder.glob("*.safetensors*"))
+    return mistrals or dummy
 
 
 def _refuse_eager_pipeline(arguments: Sequence[str]) -> None:

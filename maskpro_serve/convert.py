@@ -27,7 +27,7 @@ from maskpro_serve.shard_writer import RowPacker, write_rest, write_shard
 
 SHARD_BYTES = 1 << 30
 """The largest file, but for a tensor that is larger: the most that a kill makes a run do again; 7B take 8 files."""
-_LAYOUT = 4
+_LAYOUT = 5
 """Counted up when equal inputs would make other files: a partial output of another layout is not taken up."""
 
 
@@ -126,7 +126,7 @@ def convert(
                 write_shard(partial.folder / shard.file, shard, packer, advance)
         warnings = check.warnings(provenance)
         write_rest(partial.folder, dense, shards, PackedFormat(
-            plan.pattern, ("lm_head", *sorted(plan.dense)), provenance, values,
+            plan.pattern, ("lm_head", *sorted({*plan.dense, *dense.beyond})), provenance, values,
         ))  # fmt: skip
     linears = [dense.headers[f"{prefix}.weight"] for prefix in plan.packed]
     packed_bytes = sum(

@@ -5,6 +5,7 @@ An environment variable or flag that is already set always wins.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -71,13 +72,28 @@ def container_quota(cgroup: Path = _CGROUP) -> int | None:
 
 
 def available_memory(cgroup: Path = _CGROUP) -> int:
-    """Bytes that are free, here and within the container's limit (cgroup v2)."""
+    """Bytes that are free, here and within the container's limit (cgroup v2), or taken by files not lately read."""
     free = psutil.virtual_memory().available
     try:
         limit, used = ((cgroup / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        return free if limit == "max" else max(0, min(free, int(limit) - int(used)))
+        in_use = int(used) - _droppable(cgroup)
+        return free if limit == "max" else max(0, min(free, int(limit) - in_use))
     except (OSError, ValueError):
         return free
+
+
+def _droppable(cgroup: Path) -> int:
+    """Bytes of files that were not lately read, which a container's use counts; 0 where nobody says."""
+    try:
+        statistics = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+        return int(statistics["inactive_file"])
+    except (OSError, ValueError, KeyError):
+        return 0
+
+
+def _number(value: str | None) -> int:
+    """Of a flag; 1 where it is none, which vLLM will say."""
+    return int(value) if value is not None and value.isdecimal() and int(value) else 1
 
 
 def choose(
@@ -137,10 +153,13 @@ def choose(
     if not names_flag(arguments, "--worker-cls"):
         extra += ["--worker-cls", _WORKER]
         reasons.append(f"--worker-cls {_WORKER}  (vLLM's own dies of a seed whose prompt is read in two steps)")
-    if not names_flag(arguments, "--kv-cache-memory-bytes"):
-        default_environment(
-            "VLLM_CPU_KVCACHE_SPACE", str(kv_cache_gib(available_bytes)), "GiB, a quarter of what is free"
-        )
+    if not any(names_flag(arguments, name) for name in ("--kv-cache-memory-bytes", "--gpu-memory-utilization")):
+        here = flag_value(arguments, "--data-parallel-size-local", "-dpl")
+        several = *_PARALLEL[:2], ("--data-parallel-size-local", "-dpl") if here else _PARALLEL[2]
+        workers = math.prod(_number(flag_value(arguments, *names)) for names in several)
+        gib = kv_cache_gib(available_bytes // workers)  # each takes as much
+        reason = f"GiB for each of {workers} workers" if workers > 1 else "GiB, a quarter of what is free"
+        default_environment("VLLM_CPU_KVCACHE_SPACE", str(gib), reason)
     if not names_flag(arguments, "--dtype") and not has_native_bf16(flags):
         extra += ["--dtype", "float32"]
         reasons.append("--dtype float32  (activations; no bfloat16 matrix unit here, weights keep their own dtype)")

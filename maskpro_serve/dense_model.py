@@ -24,6 +24,8 @@ class DenseModel:
         config: its config.json, without what a legacy sparsity_config adds.
         headers: every tensor.
         linears: names of the weights of the decoder's linears, in the order of the files.
+        beyond: matrices, without ``.weight``, that transformers' model does not have, as those of layers for
+            multi-token prediction. Experts of a mixture, which are never packed, are left out.
         declared: the pattern that a legacy sparsity_config says the zeros satisfy.
     """
 
@@ -31,6 +33,7 @@ class DenseModel:
     config: dict[str, Any]
     headers: dict[str, TensorInfo]
     linears: tuple[str, ...]
+    beyond: tuple[str, ...]
     declared: NMPattern | None
 
 
@@ -49,15 +52,15 @@ def open_dense_model(folder: Path) -> DenseModel:
     for info in headers.values():
         if info.dtype is None:
             raise CheckpointError(f"{info}: a dtype that torch does not have")
-    linears = tuple(_linear_weights(folder, headers))
+    linears, beyond = _linear_weights(folder, headers)
     for name in linears:
         if headers[name].dtype not in WEIGHT_DTYPES:
             raise CheckpointError(f"{headers[name]}: expected one of {WEIGHT_DTYPES}, found {headers[name].dtype}")
-    return DenseModel(folder, config, headers, linears, declared)
+    return DenseModel(folder, config, headers, linears, beyond, declared)
 
 
-def _linear_weights(folder: Path, headers: Mapping[str, TensorInfo]) -> list[str]:
-    """Names of the checkpoint's decoder linears, from the architecture itself; the output head is not one."""
+def _linear_weights(folder: Path, headers: Mapping[str, TensorInfo]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The checkpoint's decoder linears, as the architecture has them (the output head is none); what is beyond it."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
@@ -84,7 +87,16 @@ def _linear_weights(folder: Path, headers: Mapping[str, TensorInfo]) -> list[str
             raise CheckpointError(
                 f"{headers[name]}: expected shape {shape} from config.json, found {headers[name].shape}"
             )
-    return [name for name in headers if name in linears]
+    found = tuple(name for name in headers if name in linears)
+    if linears and not found:
+        raise CheckpointError(
+            f"{folder}: expected tensors named as transformers does, {next(iter(linears))} and so on, found "
+            f"{next(iter(headers), 'none')}"
+        )
+    modules = {name for name, _ in model.named_modules()}
+    matrices = (name.removesuffix(".weight") for name, info in headers.items() if len(info.shape) == 2)
+    beyond = (name for name in matrices if f"{name}.weight" in headers and ".experts." not in name)
+    return found, tuple(name for name in beyond if name not in modules)
 
 
 def _check_layers(config: Any, folder: Path, tensors: int) -> None:

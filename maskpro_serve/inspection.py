@@ -88,7 +88,8 @@ def inspect(folder: Path) -> Inspection:
         for name in (names := checked_names(folder, headers, packed)):
             read_packed(headers, name, packed, contents=False)
         layers = tuple(_packed_layer(headers, name, packed.pattern) for name in names)
-        dense = [info for name, info in headers.items() if name.removesuffix(".weight") in packed.ignore]
+        ignored = frozenset(packed.ignore)
+        dense = [info for name, info in headers.items() if name.removesuffix(".weight") in ignored]
         layers += tuple(_dense_layer(info) for info in dense if len(info.shape) == 2 and info.name != "lm_head.weight")
         return _inspection(folder, "packed", packed.pattern, layers, headers, packed.provenance or {})
     if (legacy := legacy_format(folder)) is not None:

@@ -19,7 +19,7 @@ class _NotReady(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         # A body left unread would reset the connection before the client has read the answer.
-        self.rfile.read(min(int(self.headers.get("Content-Length") or 0), _MOST_BODY))
+        self.rfile.read(self._body_bytes())
         body = json.dumps(unavailable("loading", "the model is loading")).encode()
         self.send_response(HTTPStatus.SERVICE_UNAVAILABLE)
         self.send_header("Content-Type", "application/json")
@@ -29,10 +29,22 @@ class _NotReady(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_OPTIONS = _answer  # noqa: N815  (http.server's names)
+    # http.server's names.
+    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = _answer  # noqa: N815
+
+    def _body_bytes(self) -> int:
+        try:
+            return max(0, min(int(self.headers.get("Content-Length") or 0), _MOST_BODY))
+        except ValueError:
+            return 0
 
     def log_message(self, format: str, *arguments: object) -> None:
         """Nothing: probes would fill the log."""
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Nothing: a client that has left while it was answered is no news."""
 
 
 def unavailable(status: str, message: str) -> dict[str, object]:
@@ -54,7 +66,7 @@ class LoadingServer:
     """
 
     def __init__(self, listener: socket.socket) -> None:
-        self._server = ThreadingHTTPServer(("", 0), _NotReady, bind_and_activate=False)
+        self._server = _Server(("", 0), _NotReady, bind_and_activate=False)
         self._server.socket.close()
         self._server.socket = listener.dup()
         self._server.request_queue_size = _BACKLOG

@@ -21,6 +21,8 @@ _HEADER = b"x-request-id"
 _GOOD_ID = re.compile(rb"[\w.:-]{1,128}")
 _PROBES = frozenset({"/health", "/metrics", "/ping", "/version", "/load", READY_PATH})
 _LONGEST_PATH = 200
+_USAGE = b'"usage":{'
+_LONGEST_USAGE = 4096
 _OUTCOMES = ("completed", "rejected", "failed", "disconnected")
 
 
@@ -30,7 +32,7 @@ class _Answer:
 
     status: int = 0
     first_byte: float | None = None
-    usage: bytes = b""  # the last piece of the body that holds one
+    usage: bytes = b""  # where the last one of the body begins
     error: bool = False
     complete: bool = False
     disconnected: bool = False
@@ -43,8 +45,8 @@ class _Answer:
         if body and self.first_byte is None:
             self.first_byte = time.monotonic()
         # Within a JSON string these quotes would be escaped: no prompt or answer can look like them.
-        if b'"usage":{' in body:
-            self.usage = body
+        if (at := body.rfind(_USAGE)) >= 0:
+            self.usage = body[at + len(_USAGE) - 1 :][:_LONGEST_USAGE]
         if body.startswith(STREAM_ERRORS):
             self.error = True
         self.complete = not message.get("more_body", False)
@@ -61,13 +63,14 @@ class _Answer:
 
     def tokens(self) -> tuple[int | None, int | None]:
         """Prompt and completion tokens, where the response says them (a stream does if ``include_usage`` asks)."""
-        for line in reversed(self.usage.splitlines()):
-            try:
-                usage = json.loads(line.removeprefix(b"data: "))["usage"]
-                return usage.get("prompt_tokens"), usage.get("completion_tokens")
-            except (ValueError, LookupError, TypeError, AttributeError):
-                continue
-        return None, None
+        try:
+            usage, _ = json.JSONDecoder().raw_decode(self.usage.decode())
+        except ValueError:  # none, or cut off
+            return None, None
+        prompt, completion = (usage.get(f"{part}_tokens") for part in ("prompt", "completion"))
+        if prompt is None:  # as Anthropic and OpenAI's Responses call them
+            prompt, completion = usage.get("input_tokens"), usage.get("output_tokens")
+        return prompt, completion
 
 
 class RequestLog:
@@ -96,7 +99,11 @@ class RequestLog:
                 headers = [(name, value) for name, value in message.get("headers", ()) if name.lower() != _HEADER]
                 message = {**message, "headers": [*headers, (_HEADER, identifier)]}
             answer.see(message)
-            await send(message)
+            try:
+                await send(message)
+            except OSError:  # the client has left; one that the application raises itself is its own
+                answer.disconnected = True
+                raise
 
         async def receiving() -> Message:
             message = await receive()
@@ -106,8 +113,9 @@ class RequestLog:
 
         try:
             await self._app(scope, receiving, sending)
-        except OSError:  # what a server raises when it writes to a client that has left
-            answer.disconnected = True
+        except Exception:
+            if not (answer.status or answer.disconnected):
+                answer.status = 500  # Starlette answers it, around all middleware
             raise
         finally:
             self._log(scope, identifier.decode(), answer, start)

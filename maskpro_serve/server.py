@@ -34,6 +34,8 @@ def main(argv: Sequence[str]) -> int:
         # Layers load in other processes; prometheus-client carries their metrics to /metrics through this
         # folder, and reads the variable when it is first imported.
         os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", folder)
+        # As the `vllm` command does: a forked engine would inherit the socket, and this process has threads.
+        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
         try:
             _check_environment()
         except ValueError as error:

@@ -15,11 +15,14 @@ from maskpro_kernels import _cpu
 _CACHE = Path("/sys/devices/system/cpu/cpu0/cache")
 _TUNABLES = "GLIBC_TUNABLES"
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+_HELD_BY = ("MASKPRO_KERNEL", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+"""Variables that hold our kernels, PyTorch, oneDNN and MKL to fewer instructions than the processor has."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Attributes are what their names say; sizes are bytes, ``isas`` best first, ``large_pages`` the system's."""
+    """Attributes are what their names say; sizes are bytes, ``isas`` best first, ``large_pages`` the system's,
+    ``held`` the variables by which this run does without some of the processor's instructions."""
 
     cpu: str
     isas: tuple[str, ...]
@@ -31,12 +34,13 @@ class Machine:
     dense_isa: str
     glibc_tunables: str
     large_pages: str
+    held: dict[str, str]
 
     def __str__(self) -> str:
         return (
             f"{self.cpu}, {self.cores} cores, {self.threads} threads, last-level cache "
             f"{self.last_level_cache / 2**20:.0f} MiB; our ISAs: {', '.join(self.isas)}; "
-            f"torch {self.torch} ({self.dense_isa})"
+            f"torch {self.torch} ({self.dense_isa})" + "".join(f"; {name}={value}" for name, value in self.held.items())
         )
 
 
@@ -61,6 +65,7 @@ def this_machine() -> Machine:
         dense_isa=torch.backends.cpu.get_cpu_capability(),
         glibc_tunables=os.environ.get(_TUNABLES, ""),
         large_pages=_chosen(Path("/sys/kernel/mm/transparent_hugepage/enabled")),
+        held={name: os.environ[name] for name in _HELD_BY if name in os.environ},
     )
 
 

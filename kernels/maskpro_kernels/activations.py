@@ -52,7 +52,8 @@ class EightBitInputs:
             return nearest_levels(x, 1)
         if self.scale is None:
             smallest = torch.finfo(torch.float32).tiny
-            scale = (x.abs().amax(dim=1, keepdim=True) / LARGEST[self.dtype]).clamp_min(smallest)
+            peak = x.abs().amax(dim=1, keepdim=True)
+            scale = (peak / torch.full_like(peak, LARGEST[self.dtype])).clamp_min(smallest)  # as nearest_levels
         else:
             scale = self.scale.reshape(1, 1)
         if self.dtype == torch.int8:

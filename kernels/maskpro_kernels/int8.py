@@ -19,7 +19,9 @@ def nearest_levels(values: Tensor, dim: int) -> tuple[Tensor, Tensor]:
         is a normal number, however small the values: many processors take a subnormal one for zero.
     """
     smallest = torch.finfo(torch.float32).tiny
-    scale = (values.abs().amax(dim=dim, keepdim=True) / LEVELS).clamp_min(smallest)
+    largest = values.abs().amax(dim=dim, keepdim=True)
+    # Not by a number: a GPU would multiply by its reciprocal, which is no number of float32.
+    scale = (largest / torch.full_like(largest, LEVELS)).clamp_min(smallest)
     return (values / scale).round().to(torch.int8), scale
 
 

@@ -31,6 +31,7 @@ class Backend:
         patterns: those it takes; empty for every one.
         same_dtype: activations and kept values must be of one dtype.
         capability: the least compute capability of a GPU.
+        before: the first one that it does not run on any more, or None.
         multiples: what out_features and in_features must be multiples of.
         prepared: what it needs that :func:`maskpro_kernels.cuda.prepare` makes: the name of a part of
             :class:`maskpro_kernels.cuda.dispatch.Metadata`, or None.
@@ -45,6 +46,7 @@ class Backend:
     patterns: tuple[NMPattern, ...] = ()
     same_dtype: bool = False
     capability: tuple[int, int] = (0, 0)
+    before: tuple[int, int] | None = None
     multiples: tuple[int, int] = (1, 1)
     prepared: str | None = None
     missing: Callable[[], str | None] | None = None
@@ -73,6 +75,9 @@ class Backend:
         if reason is None and capability is not None and capability < self.capability:
             needed, found = (".".join(map(str, version)) for version in (self.capability, capability))
             return f"needs compute capability {needed}, found {found}"
+        if reason is None and capability is not None and self.before is not None and capability >= self.before:
+            first, found = (".".join(map(str, version)) for version in (self.before, capability))
+            return f"runs below compute capability {first}, found {found}"
         return reason
 
     @property
@@ -135,9 +140,9 @@ BACKENDS = (
     Backend("cpu-portable", ("cpu",), _FLOATS, _KEPT, isa="portable"),
     Backend("triton", ("cuda",), _FLOATS, _KEPT_ON_GPU, capability=(8, 0), missing=_no_triton),
     Backend("expand", ("cuda",), _FLOATS, _KEPT_ON_GPU, capability=(8, 0), missing=_no_triton),
-    Backend(
+    Backend(  # torch has these kernels for Ampere and Ada only (its _sparse_semi_structured_mm checks)
         "cutlass", ("cuda",), _HALVES, _HALVES, patterns=_TWO_OF_FOUR, same_dtype=True, capability=(8, 0),
-        multiples=(32, 64), prepared="cutlass",
+        before=(9, 0), multiples=(32, 64), prepared="cutlass",
     ),
     Backend(
         "cusparselt", ("cuda",), _HALVES, _HALVES, patterns=_TWO_OF_FOUR, same_dtype=True, capability=(8, 0),

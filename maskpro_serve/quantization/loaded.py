@@ -107,7 +107,9 @@ def _check_loaded(layer: Any, prefix: str, *, dummy: bool) -> None:
     for name in _CHECKED:
         parameter = getattr(layer, name, None)
         if parameter is not None and not parameter.complete:
-            raise CheckpointError(f"{prefix}.{name}: missing in the checkpoint")
+            rows = getattr(parameter, "loaded_rows", 0)
+            some = f" but for {rows} of {len(parameter.data)} rows: one of the matrices fused in it" if rows else ""
+            raise CheckpointError(f"{prefix}.{name}: missing in the checkpoint{some}")
 
 
 def _scale(layer: Any, prefix: str) -> Tensor | None:

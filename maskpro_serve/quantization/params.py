@@ -27,20 +27,25 @@ class PackedParameter(ModelWeightParameter):
 
     Attributes:
         tensor_name: the name in error messages, vLLM's layer prefix and the parameter's own.
-        loaded_rows: rows of the checkpoint seen so far; 0 where it held none.
+        loaded_rows: of this shard, rows that the checkpoint has given; what comes twice counts once.
     """
 
     def __init__(self, *, tensor_name: str, **kwargs: Any) -> None:
         self.tensor_name = tensor_name
-        self.loaded_rows = 0
+        self._loaded: dict[int, int] = {}  # rows by the first one
         super().__init__(input_dim=1, output_dim=0, **kwargs)
 
     @property
-    def complete(self) -> bool:
-        """Whether the checkpoint held it."""
-        return self.loaded_rows > 0
+    def loaded_rows(self) -> int:
+        return sum(self._loaded.values())
 
-    def _expect(self, loaded_weight: Tensor, rows: int, columns: int) -> None:
+    @property
+    def complete(self) -> bool:
+        """Whether the checkpoint held all of it, every matrix that is fused in it."""
+        return self.loaded_rows >= self.data.shape[0]
+
+    def _expect(self, loaded_weight: Tensor, rows: int, columns: int, taken: int, first: int = 0) -> None:
+        """Refuses a tensor of another size or dtype. This shard takes ``taken`` rows, from its ``first`` on."""
         if tuple(loaded_weight.shape) != (rows, columns):
             raise CheckpointError(
                 f"{self.tensor_name}: expected shape {(rows, columns)} from the model's config.json, found "
@@ -51,31 +56,34 @@ class PackedParameter(ModelWeightParameter):
                 f"{self.tensor_name}: expected {self.data.dtype}, as the checkpoint's other weights, found "
                 f"{loaded_weight.dtype}"
             )
-        self.loaded_rows += loaded_weight.shape[0]
+        self._loaded[first] = taken
 
     def load_column_parallel_weight(self, loaded_weight: Tensor) -> None:
         rows, columns = self.data.shape
-        self._expect(loaded_weight, rows * self.tp_size, columns)
+        self._expect(loaded_weight, rows * self.tp_size, columns, rows)
         super().load_column_parallel_weight(loaded_weight)
 
     def load_row_parallel_weight(self, loaded_weight: Tensor) -> None:
         rows, columns = self.data.shape
-        self._expect(loaded_weight, rows, columns * self.tp_size)
+        self._expect(loaded_weight, rows, columns * self.tp_size, rows)
         super().load_row_parallel_weight(loaded_weight)
 
     def load_replicated_weight(self, loaded_weight: Tensor) -> None:
         """Loads all of it, as every rank does."""
-        self._expect(loaded_weight, *self.data.shape)
+        rows, columns = self.data.shape
+        self._expect(loaded_weight, rows, columns, rows)
         self.data.copy_(loaded_weight)
 
     def load_merged_column_weight(self, loaded_weight: Tensor, **kwargs: Any) -> None:
-        self._expect(loaded_weight, kwargs["shard_size"] * self.tp_size, self.data.shape[1])
+        size = kwargs["shard_size"]
+        self._expect(loaded_weight, size * self.tp_size, self.data.shape[1], size, kwargs["shard_offset"])
         super().load_merged_column_weight(loaded_weight, **kwargs)
 
     def load_qkv_weight(self, loaded_weight: Tensor, **kwargs: Any) -> None:
         # num_heads is vLLM's name for the number of ranks that share one KV head.
         replicas = 1 if kwargs["shard_id"] == "q" else kwargs["num_heads"]
-        self._expect(loaded_weight, kwargs["shard_size"] * self.tp_size // replicas, self.data.shape[1])
+        size = kwargs["shard_size"]
+        self._expect(loaded_weight, size * self.tp_size // replicas, self.data.shape[1], size, kwargs["shard_offset"])
         super().load_qkv_weight(loaded_weight, **kwargs)
 
 

@@ -75,7 +75,9 @@ def test_rows(rows: Any, seconds: float) -> None:
 def _test_file(file: str, seconds: float) -> str:
     """pytest's last line."""
     plain = [] if importlib.util.find_spec("pytest_timeout") else ["-c", os.devnull, f"--rootdir={REPOSITORY}"]
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--import-mode=importlib", *plain, file]
+    # Most of their time is the compilation of some hundred kernels.
+    together = ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--import-mode=importlib", *plain, *together, file]
     paths = [*PATHS, str(REPOSITORY / Path(file).parent)]  # helpers of the tests
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])}
     try:

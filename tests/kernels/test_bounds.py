@@ -77,10 +77,11 @@ def check_stays_within_its_buffers(isa, pattern, groups, rows, tokens, dtypes, t
         pytest.skip(f"this machine has no {isa}")
     columns = min(groups * pattern.m, 2112)
     activation, kept, bias_dtype = dtypes
-    dense = torch.randn(rows, columns)
+    generator = torch.Generator().manual_seed(columns)
+    dense = torch.randn(rows, columns, generator=generator)
     weight = to_int8(pack(dense, pattern)) if kept == torch.int8 else pack(dense.to(kept), pattern)
-    x = torch.randn(tokens, columns).to(activation)
-    bias = torch.randn(rows).to(bias_dtype)
+    x = torch.randn(tokens, columns, generator=generator).to(activation)
+    bias = torch.randn(rows, generator=generator).to(bias_dtype)
     scale = torch.ones(rows) if weight.scale is None else weight.scale
     expected_order = interleave(weight)
     with ExitStack() as stack:

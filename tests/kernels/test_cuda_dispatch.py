@@ -8,17 +8,20 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from fake_gpu import BF16, EIGHT_BIT, HOPPER, INT8, TIMES, TURING, TWO_OF_FOUR, FakeGPU, operands, w8a8
+from fake_gpu import AMPERE, BF16, EIGHT_BIT, FP8, HOPPER, INT8, TIMES, TURING, TWO_OF_FOUR, FakeGPU, operands, w8a8
+from filelock import FileLock, Timeout
 from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_from_dense_cutlass,
     sparse_semi_structured_to_dense_cutlass,
 )
+from triton.runtime.errors import OutOfResources
 
 from maskpro_kernels import NMPattern, UnsupportedKernelError, pack, unpack
 from maskpro_kernels.activations import LARGEST
-from maskpro_kernels.cuda import dispatch, semi_structured
+from maskpro_kernels.cuda import dispatch, plans, semi_structured, tuning
 from maskpro_kernels.cuda.dispatch import Dispatcher, Operands
 from maskpro_kernels.cuda.plans import Plan, PlanTable, Problem, bucket, buckets
+from maskpro_kernels.reference import nm_linear_reference
 from maskpro_kernels.support import candidates
 from maskpro_kernels.triton.tile import Tile
 
@@ -27,13 +30,13 @@ pytestmark = pytest.mark.usefixtures("every_library")
 
 def test_the_fastest_is_chosen_and_measured_once(monkeypatch, tmp_path):
     gpu = FakeGPU(monkeypatch, TIMES)
-    choices = Dispatcher(HOPPER, PlanTable(HOPPER, tmp_path), gpu.measure)
+    choices = Dispatcher(AMPERE, PlanTable(AMPERE, tmp_path), gpu.measure)
     assert choices.plan(operands(5)).backend == "cusparselt"
     assert set(gpu.ran) == {"triton", "expand", "cutlass", "cusparselt"}
     before = gpu.ran.total()
     assert choices.plan(operands(16)).backend == "cusparselt"  # the same bucket
     assert gpu.ran.total() == before
-    again = Dispatcher(HOPPER, PlanTable(HOPPER, tmp_path), gpu.measure)  # another process
+    again = Dispatcher(AMPERE, PlanTable(AMPERE, tmp_path), gpu.measure)  # another process
     assert again.plan(operands(1)).backend == "cusparselt"
     assert gpu.ran.total() == before
     choices.plan(operands(17))
@@ -55,7 +58,7 @@ def test_thresholds_follow_the_times(monkeypatch, tmp_path):
 def test_what_cannot_take_a_problem_does_not_compete(monkeypatch, tmp_path):
     def backends(o: Operands) -> set[str]:
         gpu = FakeGPU(monkeypatch, TIMES)
-        Dispatcher(HOPPER, PlanTable(HOPPER, tmp_path), gpu.measure).plan(o)
+        Dispatcher(AMPERE, PlanTable(AMPERE, tmp_path), gpu.measure).plan(o)
         return set(gpu.ran)
 
     dense = {"triton", "expand"}
@@ -68,21 +71,97 @@ def test_what_cannot_take_a_problem_does_not_compete(monkeypatch, tmp_path):
 
 
 def test_a_wrong_or_failing_kernel_is_left_out_and_said(monkeypatch, tmp_path, caplog):
-    faults = {"cusparselt": "wrong", "cutlass": RuntimeError("no kernel image")}
+    too_large = OutOfResources(300_000, 232_448, "shared memory")
+    faults = {"cusparselt": "wrong", "cutlass": RuntimeError("no kernel image"), "expand": too_large}
     gpu = FakeGPU(monkeypatch, TIMES, faults)
-    table = PlanTable(HOPPER, tmp_path)
+    table = PlanTable(AMPERE, tmp_path)
     with caplog.at_level(logging.WARNING):
-        assert Dispatcher(HOPPER, table, gpu.measure).plan(operands(3)).backend == "triton"
+        assert Dispatcher(AMPERE, table, gpu.measure).plan(operands(3)).backend == "triton"
     assert "cusparselt" in caplog.text
     assert "gives a wrong result and is left out" in caplog.text
     assert "cannot run: no kernel image" in caplog.text
     again = FakeGPU(monkeypatch, TIMES)
-    fresh = Dispatcher(HOPPER, PlanTable(HOPPER, tmp_path), again.measure)
-    assert fresh.plan(operands(3)).backend == "triton"  # remembered, as failed
-    assert not again.ran
+    fresh = Dispatcher(AMPERE, PlanTable(AMPERE, tmp_path), again.measure)
+    assert fresh.plan(operands(3)).backend == "triton"
+    assert set(again.ran) == {"cutlass"}  # the others are remembered as failed; what it lacked may be there now
     broken = FakeGPU(monkeypatch, TIMES, dict.fromkeys(TIMES, "wrong"))
     with pytest.raises(RuntimeError, match=r"2:4 bfloat16 bfloat16 64x128 32: no kernel gives a right result on N"):
-        Dispatcher(HOPPER, PlanTable(HOPPER, tmp_path / "other"), broken.measure).plan(operands(20))
+        Dispatcher(AMPERE, PlanTable(AMPERE, tmp_path / "other"), broken.measure).plan(operands(20))
+
+
+def test_a_lost_gpu_ends_the_measuring_and_nothing_is_kept(monkeypatch, tmp_path):
+    def lost() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    gpu = FakeGPU(monkeypatch, TIMES, {"expand": RuntimeError("an illegal memory access")})
+    monkeypatch.setattr(tuning.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tuning.torch.cuda, "synchronize", lost)
+    monkeypatch.setattr(dispatch, "_capturing", lambda: False)
+    with pytest.raises(RuntimeError, match="CUDA error: an illegal"):
+        Dispatcher(AMPERE, PlanTable(AMPERE, tmp_path), gpu.measure).plan(operands(3))
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_one_tile_that_cannot_run_costs_the_others_nothing(monkeypatch, tmp_path):
+    """Whatever its error's type. A backend all of whose ways fail is tried again in the next process, not in this."""
+    gpu = FakeGPU(monkeypatch, TIMES | {"triton": 1.0}, {"cusparselt": RuntimeError("no such algorithm")})
+    run, failed = gpu.run, []
+
+    def first_tile_fails(plan: Plan, o: Operands) -> torch.Tensor:
+        if plan.backend == "triton" and not failed:
+            failed.append(plan)
+        if plan in failed:
+            raise RuntimeError("PassManager::run failed")
+        return run(plan, o)
+
+    monkeypatch.setattr(dispatch, "run", first_tile_fails)
+    table = PlanTable(HOPPER, tmp_path)
+    chosen = Dispatcher(HOPPER, table, gpu.measure).plan(operands(3))
+    assert chosen.backend == "triton"
+    assert chosen.tile != failed[0].tile
+    before = gpu.ran.total()
+    assert Dispatcher(HOPPER, table, gpu.measure).plan(operands(3)) == chosen
+    assert gpu.ran.total() == before
+    Dispatcher(HOPPER, PlanTable(HOPPER, tmp_path), gpu.measure).plan(operands(3))
+    assert gpu.ran.total() == before + 1  # cuSPARSELt
+
+
+def test_others_wait_while_one_measures(monkeypatch, tmp_path):
+    table = PlanTable(HOPPER, tmp_path)
+    gpu = FakeGPU(monkeypatch, TIMES)
+    held = []
+
+    def measure(run) -> float:
+        with ThreadPoolExecutor(1) as pool:
+            held.append(pool.submit(is_locked).result())
+        return gpu.measure(run)
+
+    def is_locked() -> bool:
+        try:
+            with FileLock(table.path.with_suffix(".lock"), timeout=0):
+                return False
+        except Timeout:
+            return True
+
+    Dispatcher(HOPPER, table, measure).plan(operands(3))
+    assert held
+    assert all(held)
+    assert not is_locked()
+    monkeypatch.setattr(plans, "_LONGEST_WAIT_S", 0.1)
+    with FileLock(table.path.with_suffix(".lock")):  # by one that may wait for us
+        assert Dispatcher(HOPPER, table, gpu.measure).plan(operands(40)).backend == "cusparselt"
+
+
+def test_processes_that_start_together_choose_alike(monkeypatch, tmp_path):
+    """The one that comes second finds what the first has measured since it last looked."""
+    tables = PlanTable(HOPPER, tmp_path), PlanTable(HOPPER, tmp_path)
+    assert [table.of(operands(16).problem) for table in tables] == [{}, {}]
+    gpu = FakeGPU(monkeypatch, dict(TIMES))
+    first = Dispatcher(HOPPER, tables[0], gpu.measure).plan(operands(3))
+    measured = gpu.ran.total()
+    gpu.times["triton"] = 1.0
+    assert Dispatcher(HOPPER, tables[1], gpu.measure).plan(operands(3)) == first
+    assert gpu.ran.total() == measured
 
 
 def test_what_memory_was_lacking_for_is_measured_the_next_time(monkeypatch, tmp_path, caplog):
@@ -104,9 +183,24 @@ def test_what_is_right_does_not_hang_on_tf32():
     assert dispatch.expected_output(operands(3)).dtype == torch.float64
 
 
+@pytest.mark.parametrize("dtype", [BF16, INT8, FP8], ids=str)
+def test_some_rows_of_a_large_weight_are_checked(dtype):
+    """In float64 all of it takes more memory than the kernels; the first and the last row are among them."""
+    o = operands(3, dtype=dtype, rows=4096)
+    o.x.normal_()
+    expected = dispatch.expected_output(o)
+    assert expected.shape == (6, 256)
+    y = nm_linear_reference(o.x, o.values, o.bitmask, o.scale, None)
+    assert dispatch.right(o, expected, y)
+    for row in (0, 4095):
+        wrong = y.clone()
+        wrong[:, row] = 100
+        assert not dispatch.right(o, expected, wrong)
+
+
 def test_maskpro_kernel_forces(monkeypatch, tmp_path):
     gpu = FakeGPU(monkeypatch, TIMES)
-    choices = Dispatcher(HOPPER, PlanTable(HOPPER, tmp_path), gpu.measure)
+    choices = Dispatcher(AMPERE, PlanTable(AMPERE, tmp_path), gpu.measure)
     for name in ("triton", "expand", "cutlass"):
         monkeypatch.setenv("MASKPRO_KERNEL", name)
         assert choices.plan(operands(3)).backend == name
@@ -118,6 +212,8 @@ def test_maskpro_kernel_forces(monkeypatch, tmp_path):
     bare = operands(3)
     with pytest.raises(ValueError, match=r"64x128.*do not cover this shape, or need a weight that .*prepare\(\)"):
         choices.plan(Operands(bare.x, bare.values, bare.bitmask, None, None, TWO_OF_FOUR))
+    with pytest.raises(UnsupportedKernelError, match=r"cutlass: runs below compute capability 9\.0, found 9\.0"):
+        Dispatcher(HOPPER, PlanTable(HOPPER, tmp_path), gpu.measure).plan(operands(3))
     monkeypatch.setenv("MASKPRO_KERNEL", "auto")
     old = Dispatcher(TURING, PlanTable(TURING, tmp_path), gpu.measure)
     with pytest.raises(UnsupportedKernelError, match=r"triton: needs compute capability 8\.0, found 7\.5"):
@@ -266,6 +362,10 @@ class TestOnAGpu:
         monkeypatch.undo()
         monkeypatch.setenv("MASKPRO_CACHE", str(tmp_path))
         monkeypatch.setenv("MASKPRO_KERNEL", backend)
+        try:
+            candidates(TWO_OF_FOUR, BF16, BF16, "cuda", torch.cuda.get_device_capability())
+        except UnsupportedKernelError as error:
+            pytest.skip(str(error))
         dispatch.dispatcher.cache_clear()
         dense = torch.randn((256, 512), device="cuda").bfloat16()
         dense[:, ::3] = 0  # groups that keep zeros

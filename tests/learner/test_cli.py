@@ -195,9 +195,13 @@ def test_learning_writes_mask_log_and_curve(
     assert all(torch.equal(again.masks[name], mask) for name, mask in once.items())
 
 
+STEPS = 200
+"""So many that a run which is to be killed at the 20th is not over before it is."""
+
+
 def kill_and_go_on(arguments: list[str], tmp_path: Path, number: signal.Signals, at_step: int) -> int:
     """Starts a run, sends the signal once the log has ``at_step`` lines, and returns its exit code."""
-    flags = [*arguments, *LEARNING, "--steps", "60", "--checkpoint-minutes", "0"]
+    flags = [*arguments, *LEARNING, "--steps", str(STEPS), "--checkpoint-minutes", "0"]
     log = tmp_path / "mask.jsonl"
     run = subprocess.Popen([sys.executable, "-m", "maskpro_learner.cli", *flags], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
@@ -216,10 +220,10 @@ def test_a_killed_run_goes_on_to_the_same_mask(arguments: list[str], tmp_path: P
     assert code == (143 if number == signal.SIGTERM else -9)
     assert (tmp_path / "mask.checkpoint").exists()
     assert not (tmp_path / "mask.safetensors").exists()
-    flags = [*arguments, *LEARNING, "--steps", "60"]
+    flags = [*arguments, *LEARNING, "--steps", str(STEPS)]
     assert main(flags) == 0
     resumed = read_masks(tmp_path / "mask.safetensors").masks
-    assert [step.step for step in read_log(tmp_path / "mask.jsonl", Step)] == list(range(1, 61))
+    assert [step.step for step in read_log(tmp_path / "mask.jsonl", Step)] == list(range(1, STEPS + 1))
     assert main(flags) == 0  # from the start, unbroken
     whole = read_masks(tmp_path / "mask.safetensors").masks
     assert all(torch.equal(resumed[name], mask) for name, mask in whole.items())

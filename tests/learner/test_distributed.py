@@ -108,10 +108,12 @@ def test_two_processes_learn_the_masks_of_one(tmp_path: Path, one_thread: None) 
 
 @pytest.fixture
 def arguments(model_folder: Path, text_file: Path, tmp_path: Path) -> list[str]:
+    """A batch of each of two processes' size: a block's bits may depend on what is computed beside it."""
     return [
         "--model", str(model_folder), "--init", "magnitude", "--calibration", str(text_file), "--samples", "6",
-        "--length", "16", "--seed", "1", "--device", "cpu", "--minibatch", "4", "--learning-rate", "200",
-        "--initial-logit", "2", "--steps", "400", "--checkpoint-minutes", "0", "--estimator", "smoothed",
+        "--length", "16", "--seed", "1", "--device", "cpu", "--minibatch", "4", "--batch", "2",
+        "--learning-rate", "200", "--initial-logit", "2", "--steps", "400", "--checkpoint-minutes", "0",
+        "--estimator", "smoothed",
     ]  # fmt: skip
 
 

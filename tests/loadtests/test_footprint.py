@@ -17,10 +17,11 @@ def stub(tmp_path, *flags: object) -> Server:
 
 
 def test_memory_and_pace_are_the_servers(tmp_path, pace):
-    server = stub(tmp_path, "--first-token", pace.first_token, "--gap", pace.gap)
+    gap = 0.05  # long beside what a busy machine adds
+    server = stub(tmp_path, "--first-token", pace.first_token, "--gap", gap)
     found = footprint(server, timeout=30)
     assert 10 << 20 < found.serving_bytes <= found.peak_bytes < 1 << 30
-    assert found.s_per_token == pytest.approx(pace.gap, abs=pace.gap / 2)
+    assert found.s_per_token == pytest.approx(gap, abs=gap / 2)
     assert found.ready_s > 0
     assert server.exit_code is not None
 

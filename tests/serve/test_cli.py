@@ -12,10 +12,16 @@ from processes import run_python
 from maskpro_serve import cli, plugin
 from maskpro_serve.arguments import flag_value, names_flag, with_config
 from maskpro_serve.cli import main
-from maskpro_serve.cpu_defaults import available_memory, choose, container_quota
+from maskpro_serve.cpu_defaults import available_memory, choose, container_quota, has_native_bf16, kv_cache_gib
 
 EXECUTOR = ["--distributed-executor-backend", "maskpro_serve.executor.OneProcessExecutor"]
 WORKER = ["--worker-cls", "maskpro_serve.worker.SeededCPUWorker"]
+
+
+@pytest.fixture(autouse=True)
+def no_server(monkeypatch):
+    """Becoming one is an exec: what should have been refused would replace the tests."""
+    monkeypatch.setattr(cli.os, "execve", lambda *arguments: pytest.fail(f"would have become {arguments[1]}"))
 
 
 def one_sentence(captured, command: str) -> str:
@@ -56,9 +62,25 @@ def test_pack_refuses_in_one_sentence(tiny, tmp_path, capsys, flags, message):
 
 
 @pytest.mark.parametrize("name", ["{tmp}/nowhere", "models/mine/v1", "./nowhere", "nowhere", "tests/nowhere"])
-def test_serve_refuses_a_missing_folder(capsys, tmp_path, name):
+def test_serve_refuses_a_missing_folder(capsys, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tests").mkdir()  # a folder that is there: then the name means one, and no model of the hub
     assert main(["--model", name.format(tmp=tmp_path)]) == 2
     assert "no such folder" in one_sentence(capsys.readouterr(), "maskpro-serve")
+
+
+def test_what_is_vllms_to_judge_is_left_to_it(tiny, tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(cli, "_become_server", lambda arguments, environment: started.append(arguments[0]) or 0)
+    mistrals, config_only = tmp_path / "mistrals", tmp_path / "config"
+    for folder in (mistrals, config_only):
+        folder.mkdir()
+    (mistrals / "params.json").write_text("{}")
+    shutil.copy(tiny["packed"] / "config.json", config_only)
+    assert main(["--model", str(mistrals)]) == 0
+    assert main(["--model", str(config_only), "--load-format", "dummy"]) == 0
+    assert started == [str(mistrals), str(config_only)]
+    assert main(["--model", str(config_only)]) == 2
 
 
 def test_serve_suggests_the_alias_that_was_meant(capsys):
@@ -173,10 +195,38 @@ def test_threads_are_left_to_vllm_where_they_are_shared(flag):
         "available_bytes": 20 << 30,
         "libraries": [Path("/lib/libiomp5.so")],
     }
-    for chosen in choose([flag, "2"], {}, cores=[0, 1], **machine), choose([], {}, cores=range(64), **machine):
+    for chosen in choose([flag, "2"], {}, cores=[0, 1], **machine), choose([], {}, cores=range(5), **machine):
         assert "VLLM_CPU_OMP_THREADS_BIND" not in chosen.environment
         assert "--distributed-executor-backend" not in chosen.flags
     assert choose([flag, "1"], {}, cores=[0, 1], **machine) == choose([], {}, cores=[0, 1], **machine)
+    assert choose([], {}, cores=range(4), **machine).environment["VLLM_CPU_OMP_THREADS_BIND"] == "0,1,2,3"
+
+
+@pytest.mark.parametrize(("flag", "native"), [("avx512_bf16", True), ("amx_bf16", True), ("avx512f", False)])
+def test_bfloat16_where_the_processor_multiplies_it(flag, native):
+    assert has_native_bf16(frozenset({"avx2", flag})) == native
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "5"),
+        (["-tp", "2", "--data-parallel-size=2"], "1"),
+        (["-pp", "two"], "5"),
+        (["-tp", "8"], "1"),
+        (["--data-parallel-size", "4", "--data-parallel-size-local", "1"], "5"),
+        (["--gpu-memory-utilization", "0.5"], None),
+        (["--kv-cache-memory-bytes=1G"], None),
+    ],
+)
+def test_kv_caches_of_all_workers_are_a_quarter(arguments, expected):
+    machine = {"flags": frozenset(), "cores": [0, 1], "quota": None, "available_bytes": 20 << 30, "libraries": []}
+    assert choose(arguments, {}, **machine).environment.get("VLLM_CPU_KVCACHE_SPACE") == expected
+
+
+@pytest.mark.parametrize(("free", "expected"), [(1 << 30, 1), (20 << 30, 5), (1 << 40, 32)])
+def test_kv_cache_is_a_quarter_within_bounds(free, expected):
+    assert kv_cache_gib(free) == expected
 
 
 @pytest.mark.parametrize("cores", [[0, 1, 2, 3], range(64)])
@@ -205,6 +255,8 @@ def test_defaults_respect_a_container(tmp_path):
     (tmp_path / "memory.max").write_text("3000000\n")
     (tmp_path / "memory.current").write_text("1000000\n")
     assert available_memory(tmp_path) == 2000000
+    (tmp_path / "memory.stat").write_text("anon 500000\ninactive_file 400000\n")
+    assert available_memory(tmp_path) == 2400000  # files that were read once may be dropped
 
 
 def test_flags_are_known_in_every_spelling():

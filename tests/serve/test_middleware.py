@@ -16,6 +16,7 @@ from maskpro_serve import lifecycle
 from maskpro_serve.lifecycle import Lifecycle, Process
 from maskpro_serve.request_log import RequestLog
 
+TWO_USAGES = b"".join(b'data: {"usage":{"prompt_tokens":1,"completion_tokens":%d}}\n\n' % count for count in (1, 2))
 STREAM = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]}
 
 
@@ -39,8 +40,8 @@ def lines(monkeypatch):
     logger.handlers.clear()
 
 
-async def call(app, path="/v1/completions", headers=(), received=()):
-    """Runs one request to its end; the messages that were sent."""
+async def call(app, path="/v1/completions", headers=(), received=(), root="", left=False):
+    """Runs one request to its end; the messages that were sent, of which a client that has left takes none."""
     sent, pending = [], list(received)
 
     async def receive():
@@ -49,9 +50,11 @@ async def call(app, path="/v1/completions", headers=(), received=()):
         return await asyncio.get_running_loop().create_future()
 
     async def send(message):
+        if left:
+            raise ConnectionResetError
         sent.append(message)
 
-    scope = {"type": "http", "method": "POST", "path": path, "headers": list(headers)}
+    scope = {"type": "http", "method": "POST", "path": path, "headers": list(headers), "root_path": root}
     await app(scope, receive, send)
     return sent
 
@@ -181,6 +184,84 @@ def test_new_requests_are_refused_while_stopping(process, lines, path, refused):
     assert ((b"connection", b"close") in sent[0]["headers"]) == refused
 
 
+@pytest.mark.parametrize("stopping", [False, True])
+def test_paths_under_a_root(process, lines, stopping):
+    """Probes and metrics are known below it as well; a probe that is answered is no line in the log."""
+    asked = []
+
+    async def application(scope, receive, send):
+        asked.append(scope["path"])
+        await send({**STREAM, "status": 200})
+        await send({"type": "http.response.body"})
+
+    process.stopping = stopping
+    for path in ("/below/ready", "/below/metrics", "/below/v1/models"):
+        asyncio.run(call(RequestLog(Lifecycle(application)), path, root="/below"))
+    expected = ["/below/health", "/below/metrics", "/below/v1/models"]
+    assert asked == (expected[1:2] if stopping else expected)
+    assert [line["path"] for line in lines] == (["/below/ready"] if stopping else []) + ["/below/v1/models"]
+
+
+def test_a_log_file_is_gone_on_with(process, monkeypatch, tmp_path):
+    """Over a restart, and after a rotation in a new file."""
+    path = tmp_path / "requests.jsonl"
+    path.write_text("before\n")
+    monkeypatch.setenv("MASKPRO_REQUEST_LOG", str(path))
+
+    async def application(scope, receive, send):
+        await send(STREAM)
+        await send({"type": "http.response.body"})
+
+    log = RequestLog(application)
+    try:
+        asyncio.run(call(log, "/first"))
+        path.rename(tmp_path / "rotated")
+        asyncio.run(call(log, "/" + "x" * 10_000))
+    finally:
+        logger = logging.getLogger("maskpro.requests")
+        for handler in [handler for handler in logger.handlers if isinstance(handler, logging.FileHandler)]:
+            logger.removeHandler(handler)
+            handler.close()
+    before, first = (tmp_path / "rotated").read_text().splitlines()
+    assert (before, json.loads(first)["path"]) == ("before", "/first")
+    assert set(json.loads(path.read_text())["path"][1:]) == {"x"}
+    assert len(path.read_text()) < 2000
+
+
+def test_a_client_that_leaves_while_it_is_written_to(process, lines):
+    async def application(scope, receive, send):
+        await send(STREAM)
+
+    with pytest.raises(ConnectionResetError):
+        asyncio.run(call(RequestLog(application), left=True))
+    assert lines[0]["outcome"] == "disconnected"
+
+
+@pytest.mark.parametrize("started", [False, True])
+@pytest.mark.parametrize("error", [ConnectionRefusedError, RuntimeError])
+def test_what_the_application_raises_is_its_own_failure(process, lines, started, error):
+    """An image that cannot be fetched, for one: no handler of vLLM's takes it."""
+
+    async def application(scope, receive, send):
+        if started:
+            await send(STREAM)
+        raise error
+
+    with pytest.raises(error):
+        asyncio.run(call(RequestLog(application)))
+    assert (lines[0]["status"], lines[0]["outcome"]) == (200 if started else 500, "failed")
+
+
+def test_a_client_that_leaves_before_its_request_was_read(process, lines):
+    async def application(scope, receive, send):
+        if (await receive())["type"] == "http.disconnect":
+            raise RuntimeError("Starlette has an exception for it")
+
+    with pytest.raises(RuntimeError):
+        asyncio.run(call(RequestLog(application), received=[{"type": "http.disconnect"}]))
+    assert (lines[0]["status"], lines[0]["outcome"]) == (None, "disconnected")
+
+
 @pytest.mark.parametrize(
     ("given", "kept"),
     [(b"abc-1:2.3_4", True), (b"two words", False), (b"x" * 129, False), (b"\xff", False), (b"", False)],
@@ -207,6 +288,14 @@ def test_ids(process, lines, given, kept):
         ([b'data: {"usage":{"prompt_tokens":5,"completion_tokens":6}}\n\n', b"data: [DONE]\n\n"], (5, 6), "completed"),
         ([b'data: {"text":"\\"usage\\":{\\"prompt_tokens\\":1}"}\n\n'], (None, None), "completed"),
         ([b'{"usage":{"prompt_tokens":'], (None, None), "completed"),
+        (
+            [b'{"data":"' + b"x" * 100_000 + b'","usage":{"prompt_tokens":7,"completion_tokens":0}}'],
+            (7, 0),
+            "completed",
+        ),
+        ([b'event: message_delta\ndata: {"usage":{"input_tokens":8,"output_tokens":9}}\n\n'], (8, 9), "completed"),
+        ([b'data: {"response":{"usage":{"input_tokens":1,"details":{},"output_tokens":2}}}'], (1, 2), "completed"),
+        ([TWO_USAGES], (1, 2), "completed"),
         ([b'data: {"text":"a"}\n\n', b'data: {"error":{"message":"dead"}}\n\n'], (None, None), "failed"),
         ([b"event: ping\ndata: {}\n\n", b'event: error\ndata: {"type":"error"}\n\n'], (None, None), "failed"),
     ],

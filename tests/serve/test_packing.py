@@ -18,6 +18,7 @@ from maskpro_kernels import MaskFileError, NMPattern, NMWeight, base_model, read
 from maskpro_kernels.base_model import weights_sha256
 from maskpro_kernels.model_folder import TensorInfo
 from maskpro_kernels.packing import magnitude_mask
+from maskpro_kernels.recovery import LowRank, write_recovery
 from maskpro_kernels.servable import why_dense
 from maskpro_serve import CheckpointError, convert, load_packed, shard_writer
 from maskpro_serve.pack_cli import main
@@ -222,6 +223,54 @@ def test_masks_from_elsewhere_pack_the_same(tiny, sources, tmp_path, monkeypatch
     assert files(tmp_path / "out")["model.safetensors"] == files(tiny["packed"])["model.safetensors"]
     with pytest.raises(MaskFileError, match="it does not say its pattern"):
         convert(tiny["dense"], tmp_path / "again", mask=sources[source])
+
+
+def test_layers_that_transformers_leaves_out_are_listed_as_dense(tiny, tmp_path):
+    """Multi-token prediction's, which vLLM builds like the others: as packed, unless the config says otherwise."""
+    model = shutil.copytree(tiny["dense"], tmp_path / "model")
+    names = ["model.layers.3.eh_proj", "model.layers.3.mlp.up_proj"]
+    rewrite(model, lambda tensors: tensors.update({f"{name}.weight": torch.ones(8, 8) for name in names}))
+    report = convert(model, tmp_path / "out", mask=tiny["mask"])
+    assert (len(report.packed), report.dense) == (21, {})
+    _, found = load_packed(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"] == [
+        "lm_head", *names,
+    ]  # fmt: skip
+    assert torch.equal(found[f"{names[1]}.weight"], torch.ones(8, 8))
+
+
+def test_tensors_of_other_names_are_said(tiny, tmp_path):
+    model = shutil.copytree(tiny["dense"], tmp_path / "model")
+    tensors = {name.removeprefix("model."): tensor for name, tensor in load_file(model / "model.safetensors").items()}
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    message = r"model: expected tensors named as transformers does, model\.layers\.0\.\S+ and so on, found \w+"
+    with pytest.raises(CheckpointError, match=message):
+        convert(model, tmp_path / "out", mask=tiny["mask"])
+
+
+@pytest.mark.parametrize("values", [None, "int8"])
+def test_weights_read_in_parts_are_packed_as_in_one(tiny, tmp_path, monkeypatch, values):
+    """Above all, each part's rows of the update and its scales."""
+    generator = torch.Generator().manual_seed(4)
+    update = LowRank(torch.randn(192, 3, generator=generator), torch.randn(3, 128, generator=generator) / 50)
+    recovery = tmp_path / "recovery.safetensors"
+    write_recovery(recovery, {LAYER: update})
+    convert(tiny["dense"], tmp_path / "whole", mask=tiny["mask"], recovery=recovery, values=values)
+    monkeypatch.setattr("maskpro_kernels.model_folder.BLOCK", 1000)
+    convert(tiny["dense"], tmp_path / "parts", mask=tiny["mask"], recovery=recovery, values=values)
+    assert files(tmp_path / "parts") == files(tmp_path / "whole")
+
+
+def test_zeros_are_counted_in_every_part(tiny, tmp_path, monkeypatch):
+    model = prune(shutil.copytree(tiny["dense"], tmp_path / "model"), NMPattern(2, 4))
+
+    def change(tensors):
+        tensors[LAYER][0, 8:12] = 1
+
+    rewrite(model, change)
+    monkeypatch.setattr("maskpro_kernels.model_folder.BLOCK", 1000)
+    report = convert(model, tmp_path / "out", pattern="auto")
+    assert report.dense[LAYER.removesuffix(".weight")] == "its zeros do not satisfy 2:4: a group keeps 4 of 4"
 
 
 @pytest.mark.parametrize("source", ["npz", "torch"])

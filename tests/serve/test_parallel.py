@@ -57,6 +57,63 @@ def test_a_shard_that_cuts_a_group_or_a_byte_is_refused(in_features, shards):
         )
 
 
+@pytest.fixture
+def alone(monkeypatch):
+    """One rank of one, without vLLM's process groups."""
+    from vllm.model_executor import parameter
+
+    monkeypatch.setattr(parameter, "get_tensor_model_parallel_rank", lambda: 0)
+    monkeypatch.setattr(parameter, "get_tensor_model_parallel_world_size", lambda: 1)
+
+
+@pytest.mark.parametrize(
+    ("stored", "kept", "allowed"),
+    [
+        (torch.bfloat16, torch.bfloat16, True),
+        (torch.float16, torch.float32, True),
+        (torch.bfloat16, torch.float32, True),
+        (torch.float32, torch.bfloat16, False),
+        (torch.float16, torch.bfloat16, False),
+        (torch.float8_e4m3fn, torch.bfloat16, False),
+        (torch.int8, torch.bfloat16, False),
+        (torch.bfloat16, torch.int8, False),
+        (torch.uint8, torch.int8, False),
+    ],
+)
+def test_values_that_another_dtype_would_round_are_refused(alone, stored, kept, allowed):
+    from maskpro_serve.quantization.params import PackedParameter
+
+    parameter = PackedParameter(data=torch.zeros(2, 4, dtype=kept), weight_loader=None, tensor_name="up_proj.weight")
+    weight = torch.ones(2, 4).to(stored)
+    if allowed:
+        parameter.load_replicated_weight(weight)
+        assert parameter.complete
+        assert torch.equal(parameter.data, weight.to(kept))
+    else:
+        message = rf"up_proj\.weight: expected {kept}, as the checkpoint's other weights, found {stored}"
+        with pytest.raises(CheckpointError, match=message):
+            parameter.load_replicated_weight(weight)
+        assert not parameter.data.any()
+
+
+def test_a_fused_weight_that_was_loaded_in_part_is_refused(alone):
+    """Its other rows would be what was in memory."""
+    from maskpro_kernels import NMPattern
+    from maskpro_serve.quantization.loaded import loaded_dense
+    from maskpro_serve.quantization.params import PackedParameter
+
+    layer = torch.nn.Module()
+    layer.weight = PackedParameter(data=torch.zeros(6, 8), weight_loader=None, tensor_name="qkv_proj.weight")
+    with pytest.raises(CheckpointError, match=r"^qkv_proj\.weight: missing in the checkpoint$"):
+        loaded_dense(layer, NMPattern(2, 4), "qkv_proj", dummy=False)
+    for _ in range(2):
+        layer.weight.load_merged_column_weight(torch.zeros(4, 8), shard_offset=0, shard_size=4)
+    with pytest.raises(CheckpointError, match=r"weight: missing in the checkpoint but for 4 of 6 rows: one of the "):
+        loaded_dense(layer, NMPattern(2, 4), "qkv_proj", dummy=False)
+    layer.weight.load_merged_column_weight(torch.zeros(2, 8), shard_offset=4, shard_size=2)
+    assert loaded_dense(layer, NMPattern(2, 4), "qkv_proj", dummy=False) is not None
+
+
 @pytest.fixture(scope="module")
 def adapter(tiny, tmp_path_factory) -> tuple[Path, dict[str, torch.Tensor]]:
     """A LoRA of every decoder linear, as peft writes it; and what it adds to each weight."""

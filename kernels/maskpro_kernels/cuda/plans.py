@@ -1,7 +1,7 @@
 """What was measured on a kind of GPU: the time of every backend for a shape and a number of tokens, in a file.
 
-One file for a device, a torch and a Triton: other versions bring other kernels. Processes that tune at the same time
-add to it one after the other; a reader sees the file before or after, never a part.
+One file for a device, a torch, a Triton and a cuSPARSELt: other versions bring other kernels. Processes that tune at
+the same time do so one after the other; a reader sees the file before or after, never a part.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ import json
 import logging
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from maskpro_kernels.cuda.device import Device
 from maskpro_kernels.files import write_atomically
@@ -28,6 +30,7 @@ logger = logging.getLogger(__name__)
 TABLE_VERSION = 1
 """Counted up whenever older measurements would speak of other kernels."""
 
+_LONGEST_WAIT_S = 300
 _LARGEST_BUCKET = 8192
 _SMALLEST_BUCKET = 16
 
@@ -85,6 +88,7 @@ class PlanTable:
     device: Device
     folder: Path
     _plans: dict[str, dict[str, Plan]] = field(default_factory=dict)
+    _for_now: dict[str, dict[str, Plan]] = field(default_factory=dict)
     _read: bool = False
 
     @property
@@ -96,6 +100,7 @@ class PlanTable:
             "capability": list(self.device.capability),
             "torch": torch.__version__,
             "triton": _version("triton"),
+            "cusparselt": torch.backends.cusparselt.version(),
             "float32_matmul_precision": torch.get_float32_matmul_precision(),  # dense products obey it
         }
 
@@ -110,22 +115,45 @@ class PlanTable:
         if not self._read:
             self._plans = self._load()
             self._read = True
-        return self._plans.get(str(problem), {})
+        return self._for_now.get(str(problem), {}) | self._plans.get(str(problem), {})
+
+    def add_for_now(self, problem: Problem, plans: list[Plan]) -> None:
+        """Adds what this process alone shall know: failures that may pass. It does not try them again."""
+        self._for_now.setdefault(str(problem), {}).update({plan.backend: plan for plan in plans})
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """No other process adds meanwhile, and what others had added is known. Without a folder there is no lock, nor
+        where another process holds it for too long: it may wait for this one."""
+        lock = FileLock(self.path.with_suffix(".lock"), is_singleton=True)  # add() may take it once more
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=_LONGEST_WAIT_S)
+        except (OSError, Timeout) as error:
+            logger.warning("kernel times are not shared: %s", error)
+            yield
+            return
+        try:
+            self._merge()
+            yield
+        finally:
+            lock.release()
 
     def add(self, problem: Problem, plans: list[Plan]) -> None:
         """Adds measurements, here and in the file; a folder that cannot be written is logged."""
         self.of(problem)
         self._plans.setdefault(str(problem), {}).update({plan.backend: plan for plan in plans})
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(self.path.with_suffix(".lock")):
-                stored = self._load()
-                for key, known in self._plans.items():
-                    stored[key] = stored.get(key, {}) | known
-                self._plans = stored
+            with self.locked():
                 write_atomically(self.path, self._content())
         except OSError as error:
             logger.warning("measured kernel times are not kept: %s", error)
+
+    def _merge(self) -> None:
+        stored = self._load()
+        for key, known in self._plans.items():
+            stored[key] = stored.get(key, {}) | known
+        self._plans, self._read = stored, True
 
     def _content(self) -> bytes:
         plans = {key: {name: _to_json(plan) for name, plan in known.items()} for key, known in self._plans.items()}
