@@ -212,16 +212,14 @@ def test_a_log_file_is_gone_on_with(process, monkeypatch, tmp_path):
         await send(STREAM)
         await send({"type": "http.response.body"})
 
+    logger = logging.getLogger("maskpro.requests")
+    monkeypatch.setattr(logger, "handlers", [])  # without pytest's
     log = RequestLog(application)
-    try:
-        asyncio.run(call(log, "/first"))
-        path.rename(tmp_path / "rotated")
-        asyncio.run(call(log, "/" + "x" * 10_000))
-    finally:
-        logger = logging.getLogger("maskpro.requests")
-        for handler in [handler for handler in logger.handlers if isinstance(handler, logging.FileHandler)]:
-            logger.removeHandler(handler)
-            handler.close()
+    (handler,) = logger.handlers
+    asyncio.run(call(log, "/first"))
+    path.rename(tmp_path / "rotated")
+    asyncio.run(call(log, "/" + "x" * 10_000))
+    handler.close()
     before, first = (tmp_path / "rotated").read_text().splitlines()
     assert (before, json.loads(first)["path"]) == ("before", "/first")
     assert set(json.loads(path.read_text())["path"][1:]) == {"x"}
