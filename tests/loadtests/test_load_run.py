@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 
 import gevent
@@ -15,14 +16,17 @@ ANSWER_S = 0.05
 
 
 class Client:
-    """Answers after ANSWER_S, in which nothing else runs (``blocks``) or everything does."""
+    """Answers after ANSWER_S, in which nothing else runs (``blocks``) or everything does; some requests at once."""
 
-    def __init__(self, blocks: bool) -> None:
+    def __init__(self, blocks: bool, at_once: range = range(0)) -> None:
         self._wait = time.sleep if blocks else gevent.sleep
+        self._at_once = at_once
+        self.asked: list[int] = []
 
     def send(self, request):
+        self.asked.append(request.index)
         record = Record(request.index, request.shape, begin=time.perf_counter(), status="ok")
-        self._wait(ANSWER_S)
+        self._wait(0 if request.index in self._at_once else ANSWER_S)
         record.total = time.perf_counter() - record.begin
         return record
 
@@ -42,11 +46,13 @@ def go(settings: LoadSettings, client: Client):
 
 def test_measuring_starts_when_the_last_user_is_warm():
     settings = LoadSettings(users=2, requests=4, warmup=20)
+    client = Client(blocks=False, at_once=range(-20, 0))  # the warm-up of the first user
     began = time.perf_counter()
-    result = go(settings, Client(blocks=False))
+    result = go(settings, client)
     elapsed = time.perf_counter() - began
+    assert [index < 0 for index in client.asked] == [True] * 40 + [False] * 4
+    assert sorted(record.index for record in result.records) == [0, 1, 2, 3]
     warm_up = settings.warmup * ANSWER_S
-    assert [record.index for record in result.records] == [0, 1, 2, 3]
     assert 2 * ANSWER_S <= result.wall <= elapsed - warm_up
     assert all(0 <= record.begin <= elapsed - warm_up for record in result.records)
 
@@ -61,3 +67,10 @@ def test_an_arrival_that_was_held_up_is_late():
         # Sent when it was planned and that much later, by whichever of the two clock readings.
         assert record.begin - at - record.late == pytest.approx(0, abs=1.5 * ANSWER_S)
     assert max(record.late for record in result.records) >= 4 * ANSWER_S
+
+
+def test_arrivals_come_when_they_are_planned():
+    result = go(LoadSettings(requests=9, rate=8, seed=3), Client(blocks=False))
+    planned = [at for at, _ in zip(arrivals(8, 3), range(9), strict=False)]
+    assert planned[4] > 0.25
+    assert statistics.median(record.late for record in result.records) < planned[4]
