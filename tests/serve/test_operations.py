@@ -6,7 +6,9 @@ import json
 import re
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import httpx
@@ -24,7 +26,6 @@ from operated import (
     programs,
     records,
     sample,
-    stand_still,
     stand_still_when,
     wait_until,
     with_tokenizer,
@@ -180,12 +181,22 @@ def test_every_request_is_one_line_and_nothing_of_it_is_told(server):
     assert ask(server, 40_000, prompt=MARKER).status == 400  # longer than the model takes
     wrong = complete(server.url, 8, prompt=MARKER, Authorization=f"Bearer {MARKER}", x_request_id=f"no {MARKER}")
     assert wrong.status == 401
-    with httpx.stream(
-        "POST", f"{server.url}/v1/completions?key={KEY}", headers=AUTHORIZED,
-        json={"model": MODEL, "prompt": MARKER, "max_tokens": 8000, "stream": True, "ignore_eos": True},
-    ) as response:  # fmt: skip
-        next(response.iter_raw())
-        stand_still(server)  # or its tokens keep the front end from seeing the client leave
+    seen, leave = Event(), Event()
+
+    def read_a_piece() -> None:
+        with httpx.stream(
+            "POST", f"{server.url}/v1/completions?key={KEY}", headers=AUTHORIZED, timeout=60,
+            json={"model": MODEL, "prompt": MARKER, "max_tokens": 8000, "stream": True, "ignore_eos": True},
+        ) as response:  # fmt: skip
+            next(response.iter_raw())
+            seen.set()
+            leave.wait(60)
+
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(read_a_piece)
+        stand_still_when(server, lambda: seen.wait(1))  # or the front end has no time for a client that comes or leaves
+        leave.set()
+        reading.result()
     try:
         wait_until(lambda: "disconnected" in server.log.read_text())
     finally:
