@@ -64,7 +64,7 @@ class _Answer:
     def tokens(self) -> tuple[int | None, int | None]:
         """Prompt and completion tokens, where the response says them (a stream does if ``include_usage`` asks)."""
         try:
-            usage, _ = json.JSONDecoder().raw_decode(self.usage.decode())
+            usage, _ = json.JSONDecoder().raw_decode(self.usage.decode(errors="replace"))  # it may end within a letter
         except ValueError:  # none, or cut off
             return None, None
         prompt, completion = (usage.get(f"{part}_tokens") for part in ("prompt", "completion"))

@@ -150,6 +150,8 @@ def test_others_wait_while_one_measures(monkeypatch, tmp_path):
     monkeypatch.setattr(plans, "_LONGEST_WAIT_S", 0.1)
     with FileLock(table.path.with_suffix(".lock")):  # by one that may wait for us
         assert Dispatcher(HOPPER, table, gpu.measure).plan(operands(40)).backend == "cusparselt"
+    assert len(PlanTable(HOPPER, tmp_path).of(operands(16).problem)) == 3  # what was there before is there still
+    assert len(PlanTable(HOPPER, tmp_path).of(operands(64).problem)) == 3
 
 
 def test_processes_that_start_together_choose_alike(monkeypatch, tmp_path):

@@ -291,6 +291,8 @@ def test_ids(process, lines, given, kept):
             (7, 0),
             "completed",
         ),
+        ([b'{"usage":{"prompt_tokens":3,"completion_tokens":4},"x":"' + 5000 * "é".encode()], (3, 4), "completed"),
+        ([b'{"usage":{"prompt_tokens":3,"completion_tokens":4},"xx":"' + 5000 * "é".encode()], (3, 4), "completed"),
         ([b'event: message_delta\ndata: {"usage":{"input_tokens":8,"output_tokens":9}}\n\n'], (8, 9), "completed"),
         ([b'data: {"response":{"usage":{"input_tokens":1,"details":{},"output_tokens":2}}}'], (1, 2), "completed"),
         ([TWO_USAGES], (1, 2), "completed"),

@@ -90,6 +90,7 @@ class PlanTable:
     _plans: dict[str, dict[str, Plan]] = field(default_factory=dict)
     _for_now: dict[str, dict[str, Plan]] = field(default_factory=dict)
     _read: bool = False
+    _waited: bool = False
 
     @property
     def environment(self) -> dict[str, object]:
@@ -123,21 +124,25 @@ class PlanTable:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """No other process adds meanwhile, and what others had added is known. Without a folder there is no lock, nor
-        where another process holds it for too long: it may wait for this one."""
+        """No other process adds meanwhile, and what others had added is known.
+
+        Without a folder there is no lock, nor where another process holds it for too long: it may wait for this one.
+        That is waited for once.
+        """
         lock = FileLock(self.path.with_suffix(".lock"), is_singleton=True)  # add() may take it once more
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=_LONGEST_WAIT_S)
+            lock.acquire(timeout=0 if self._waited else _LONGEST_WAIT_S)
+            held = True
         except (OSError, Timeout) as error:
-            logger.warning("kernel times are not shared: %s", error)
-            yield
-            return
+            held, self._waited = False, self._waited or isinstance(error, Timeout)
+            logger.warning("kernel times are measured without a lock: %s", error)
         try:
             self._merge()
             yield
         finally:
-            lock.release()
+            if held:
+                lock.release()
 
     def add(self, problem: Problem, plans: list[Plan]) -> None:
         """Adds measurements, here and in the file; a folder that cannot be written is logged."""
