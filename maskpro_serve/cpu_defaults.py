@@ -20,6 +20,7 @@ _GIB = 1 << 30
 SMALL_MACHINE = 4
 """Cores up to which all are bound; on more, vLLM's own choice (one node, one thread a core, one core kept) is right."""
 _PARALLEL = (("--tensor-parallel-size", "-tp"), ("--pipeline-parallel-size", "-pp"), ("--data-parallel-size", "-dp"))
+_DATA_PARALLEL_HERE = ("--data-parallel-size-local", "-dpl")
 _EXECUTOR = "maskpro_serve.executor.OneProcessExecutor"
 _WORKER = "maskpro_serve.worker.SeededCPUWorker"
 _CGROUP = Path("/sys/fs/cgroup")
@@ -91,6 +92,12 @@ def _droppable(cgroup: Path) -> int:
         return 0
 
 
+def _workers_here(arguments: Sequence[str]) -> int:
+    """How many workers share this machine's memory, as far as the flags say."""
+    *model, data = (flag_value(arguments, *names) for names in _PARALLEL)
+    return math.prod(map(_number, (*model, flag_value(arguments, *_DATA_PARALLEL_HERE) or data)))
+
+
 def _number(value: str | None) -> int:
     """Of a flag; 1 where it is none, which vLLM will say."""
     return int(value) if value is not None and value.isdecimal() and int(value) else 1
@@ -154,9 +161,7 @@ def choose(
         extra += ["--worker-cls", _WORKER]
         reasons.append(f"--worker-cls {_WORKER}  (vLLM's own dies of a seed whose prompt is read in two steps)")
     if not any(names_flag(arguments, name) for name in ("--kv-cache-memory-bytes", "--gpu-memory-utilization")):
-        here = flag_value(arguments, "--data-parallel-size-local", "-dpl")
-        several = *_PARALLEL[:2], ("--data-parallel-size-local", "-dpl") if here else _PARALLEL[2]
-        workers = math.prod(_number(flag_value(arguments, *names)) for names in several)
+        workers = _workers_here(arguments)
         gib = kv_cache_gib(available_bytes // workers)  # each takes as much
         reason = f"GiB for each of {workers} workers" if workers > 1 else "GiB, a quarter of what is free"
         default_environment("VLLM_CPU_KVCACHE_SPACE", str(gib), reason)

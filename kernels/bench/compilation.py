@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from decode_step import become_configured
+from decode_step import become_configured, time_steps
 from machine import this_machine
 
 _FIRST_STEPS = 4
@@ -44,18 +44,7 @@ class Timed:
         self.ready_s = time.perf_counter() - begin
         self._sampling = SamplingParams(temperature=0, max_tokens=options.tokens, ignore_eos=True)
         self._prompts = ["The history of the lighthouse begins"] * sequences
-        self._steps: list[float] = []
-        engine = self._llm.llm_engine
-        step = engine.step
-
-        def timed() -> Any:
-            begin = time.perf_counter()
-            try:
-                return step()
-            finally:
-                self._steps.append(time.perf_counter() - begin)
-
-        engine.step = timed  # type: ignore[method-assign]
+        self._steps = time_steps(self._llm.llm_engine)
         self.tokens = self._generate()
         self.rounds: list[float] = []
 
@@ -95,8 +84,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=48, help="of an answer (default 48)")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    given = become_configured([])
-    flags = dict(zip(given[::2], given[1::2], strict=True))
+    flags = become_configured([])
     machine = this_machine()  # before this thread is bound to one core
     rows = [compare(options, sequences, flags) for sequences in options.sequences]
     print(machine)

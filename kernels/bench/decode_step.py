@@ -103,14 +103,31 @@ def _resolve(dotted: str) -> tuple[Any, str]:
         return getattr(importlib.import_module(module), cls), name
 
 
-def become_configured(arguments: list[str]) -> list[str]:
-    """maskpro-serve's flags for this machine; starts this script again with its environment."""
+def become_configured(arguments: list[str]) -> dict[str, str]:
+    """maskpro-serve's flags for this machine, by name; starts this script again with its environment."""
     defaults = choose_here(arguments)
     if "VLLM_ENABLE_V1_MULTIPROCESSING" not in os.environ:
         environment = {**os.environ, **defaults.environment, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
         environment["MASKPRO_BENCH_FLAGS"] = json.dumps(defaults.flags)
         os.execve(sys.executable, [sys.executable, *sys.argv], environment)
-    return list(json.loads(os.environ["MASKPRO_BENCH_FLAGS"]))
+    flags = json.loads(os.environ["MASKPRO_BENCH_FLAGS"])
+    return dict(zip(flags[::2], flags[1::2], strict=True))
+
+
+def time_steps(engine: Any) -> list[float]:
+    """Seconds of every step that one of vLLM's engines takes from here on: a list that grows."""
+    steps: list[float] = []
+    step = engine.step
+
+    def timed() -> Any:
+        begin = time.perf_counter()
+        try:
+            return step()
+        finally:
+            steps.append(time.perf_counter() - begin)
+
+    engine.step = timed
+    return steps
 
 
 def main() -> None:
@@ -124,8 +141,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     flags = become_configured(["--dtype", options.dtype] if options.dtype else [])
-    chosen = dict(zip(flags[::2], flags[1::2], strict=True))
-    dtype = options.dtype or chosen.get("--dtype", "auto")
+    dtype = options.dtype or flags.get("--dtype", "auto")
 
     machine = this_machine()  # before this thread is bound to one core
     clock = Clock()
@@ -137,25 +153,14 @@ def main() -> None:
     engine = LLM(
         options.model, dtype=dtype, max_model_len=1024, max_num_seqs=options.sequences, enforce_eager=options.eager,
         compilation_config=options.compilation_config, enable_prefix_caching=False, disable_log_stats=True,
-        distributed_executor_backend=chosen.get("--distributed-executor-backend"),
+        distributed_executor_backend=flags.get("--distributed-executor-backend"),
     )  # fmt: skip
     sampling = SamplingParams(temperature=0, max_tokens=options.tokens, ignore_eos=True)
     prompts = ["The history of the lighthouse begins"] * options.sequences
 
-    steps: list[float] = []
-    llm_engine = engine.llm_engine
-    dtype = str(llm_engine.vllm_config.model_config.dtype).removeprefix("torch.")  # "auto" no longer
-    step = llm_engine.step
-
-    def counted() -> Any:
-        begin = time.perf_counter()
-        try:
-            return step()
-        finally:
-            steps.append(time.perf_counter() - begin)
-
+    dtype = str(engine.llm_engine.vllm_config.model_config.dtype).removeprefix("torch.")  # "auto" no longer
     engine.generate(prompts, sampling, use_tqdm=False)  # warm-up
-    llm_engine.step = counted  # type: ignore[method-assign]
+    steps = time_steps(engine.llm_engine)
     time_calls(1)
     clock.seconds.clear()
     clock.calls.clear()

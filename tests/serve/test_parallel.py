@@ -58,7 +58,7 @@ def test_a_shard_that_cuts_a_group_or_a_byte_is_refused(in_features, shards):
 
 
 @pytest.fixture
-def alone(monkeypatch):
+def one_rank(monkeypatch):
     """One rank of one, without vLLM's process groups."""
     from vllm.model_executor import parameter
 
@@ -80,7 +80,7 @@ def alone(monkeypatch):
         (torch.uint8, torch.int8, False),
     ],
 )
-def test_values_that_another_dtype_would_round_are_refused(alone, stored, kept, allowed):
+def test_values_that_another_dtype_would_round_are_refused(one_rank, stored, kept, allowed):
     from maskpro_serve.quantization.params import PackedParameter
 
     parameter = PackedParameter(data=torch.zeros(2, 4, dtype=kept), weight_loader=None, tensor_name="up_proj.weight")
@@ -96,7 +96,7 @@ def test_values_that_another_dtype_would_round_are_refused(alone, stored, kept, 
         assert not parameter.data.any()
 
 
-def test_a_fused_weight_that_was_loaded_in_part_is_refused(alone):
+def test_a_fused_weight_that_was_loaded_in_part_is_refused(one_rank):
     """Its other rows would be what was in memory."""
     from maskpro_kernels import NMPattern
     from maskpro_serve.quantization.loaded import loaded_dense

@@ -134,7 +134,7 @@ class PlanTable:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0 if self._waited else _LONGEST_WAIT_S)
             held = True
-        except (OSError, Timeout) as error:
+        except OSError as error:  # Timeout is one
             held, self._waited = False, self._waited or isinstance(error, Timeout)
             logger.warning("kernel times are measured without a lock: %s", error)
         try:

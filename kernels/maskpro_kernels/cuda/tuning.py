@@ -77,8 +77,7 @@ def _measure_the_rest(
             (new if error is None else for_now).append(plan)
             if isinstance(error, torch.OutOfMemoryError):
                 lacking = error
-    if for_now:
-        table.add_for_now(problem, for_now)
+    table.add_for_now(problem, for_now)
     if new:
         table.add(problem, new)
     known = table.of(problem)
