@@ -3,8 +3,8 @@
 //   for every kPassTokens tokens                      bounds the working memory
 //     turn the activations to [column block][tile of tokens][column][token], shared by all threads
 //     for every kGroupBlocks blocks of rows that this thread takes (shares.h)
-//       for every column block, whose activations stay in L2 throughout the group
-//         for every block of rows: decode it (into L1), then for every tile, for every kTileRows rows: sparse_tile
+//       for every column block: decode these blocks of rows, then
+//         for every pair of tiles, which stay in L1 meanwhile, for every block of rows, for every row: sparse_tiles
 //       scale, add the bias, round, store
 #ifndef MASKPRO_NM_LINEAR_MANY_H_
 #define MASKPRO_NM_LINEAR_MANY_H_
@@ -18,21 +18,21 @@
 #include "nm_linear.h"
 #include "scratch.h"
 #include "shares.h"
+#include "transpose.h"
 
 namespace maskpro {
 
 constexpr int64_t kPassTokens = 256;
 
-// Vectors of tokens in a tile, and rows at once: eight sums hide the latency of the FMAs, and two FMAs a cycle are
-// what two loads a cycle feed.
+// Vectors of tokens in a tile. Two loads a cycle feed two FMAs a cycle, less what a weight and its offset take: 2 loads
+// for the 8 FMAs of a row and a pair of tiles. Eight sums also hide the latency of the FMAs.
 constexpr int kTileVectors = 4;
-constexpr int kTileRows = 2;
 
-// Of a tile's activations: half of an L1.
-constexpr int64_t kTileBytes = 16384;
+// Of the activations of a pair of tiles, or of the only tile there is: a third of an L1 of 48 KiB, half of one of 32.
+constexpr int64_t kPairBytes = 16384;
 
-// Blocks of rows for which a column block's activations are read from L3 once.
-constexpr int64_t kGroupBlocks = 6;
+// Blocks of rows for which a column block's activations are read once: from L3, and into L1.
+constexpr int64_t kGroupBlocks = 8;
 
 // A kept weight of a decoded block of rows, and where its column lies in a tile.
 struct Entry {
@@ -68,32 +68,34 @@ template <class Isa, class Weight, int kBits>
 // sums[r][t] += the kept weights of row r times their columns, for kRows rows and kVectors vectors of tokens.
 //
 //   entries  [slots][16], from the first row's on
-//   x        a tile
+//   x        a tile; the vectors beyond kTileVectors are of the next one, tile_floats on
 //   sums     [kRows, tokens], rows sums_stride apart
 template <class Isa, int kRows, int kVectors>
-[[gnu::noinline]] void sparse_tile(const Entry* entries, int64_t slots, const float* x, float* sums,
-                                   int64_t sums_stride) {
+[[gnu::noinline]] void sparse_tiles(const Entry* entries, int64_t slots, const float* x, int64_t tile_floats,
+                                    float* sums, int64_t sums_stride) {
   using Vec = typename Isa::Vec;
   Vec acc[kRows][kVectors];
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) acc[r][v] = Isa::zero();
   }
+  const char* tiles[2] = {reinterpret_cast<const char*>(x), reinterpret_cast<const char*>(x + tile_floats)};
   for (int64_t slot = 0; slot < slots; ++slot) {
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
-      const char* bytes = reinterpret_cast<const char*>(x) + entries[r].offset;
-      const float* column = reinterpret_cast<const float*>(bytes);
       const Vec weight = Isa::broadcast(&entries[r].weight);
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) acc[r][v] = Isa::fma(weight, Isa::load(column + v * Isa::kLanes), acc[r][v]);
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) {
+        const float* column = reinterpret_cast<const float*>(tiles[v / kTileVectors] + entries[r].offset);
+        acc[r][v] = Isa::fma(weight, Isa::load(column + v % kTileVectors * Isa::kLanes), acc[r][v]);
+      }
     }
     entries += kBlockRows;
   }
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
       float* to = sums + r * sums_stride + v * Isa::kLanes;
       Isa::store(to, Isa::add(Isa::load(to), acc[r][v]));
@@ -107,14 +109,16 @@ class ManyTokens {
   explicit ManyTokens(const NMLinear& call)
       : call_(call),
         sizes_(call.in_features, call.out_features, call.n, call.m, call.weight_dtype),
-        column_blocks_((call.in_features + kColumns - 1) / kColumns),
+        columns_(call.tokens > kTileTokens ? kMostColumns / 2 : kMostColumns),
+        column_blocks_((call.in_features + columns_ - 1) / columns_),
+        tile_floats_(columns_ * kTileTokens),
         // One cache line more, or all rows' sums would fall into the same L1 sets.
         sums_stride_(tiles(call.tokens < kPassTokens ? call.tokens : kPassTokens) * kTileTokens + 16) {}
 
   int32_t operator()() {
     const int64_t slots = sizes_.chunks * kSlots;
     const int64_t most = call_.tokens < kPassTokens ? call_.tokens : kPassTokens;
-    const int64_t x_floats = column_blocks_ * tiles(most) * kTileFloats;
+    const int64_t x_floats = column_blocks_ * tiles(most) * tile_floats_;
     const int64_t sums_floats = kGroupBlocks * kBlockRows * sums_stride_;
     const int64_t thread_floats = sums_floats + kEntryFloats + kTurnFloats;
     float* scratch = thread_scratch(slots + x_floats + call_.threads * thread_floats);
@@ -154,91 +158,122 @@ class ManyTokens {
  private:
   static constexpr int kSlots = chunk_slots(kBits);
   static constexpr int64_t kTileTokens = kTileVectors * Isa::kLanes;
-  static constexpr int64_t kTileFloats = kTileBytes / sizeof(float);
-  static constexpr int64_t kColumns = kTileFloats / kTileTokens;
-  // A column block may begin and end within a chunk.
-  static constexpr int64_t kEntryFloats = (kColumns + 2 * kSlots) * kBlockRows * sizeof(Entry) / sizeof(float);
-  static constexpr int64_t kTurnStride = kColumns + 16;  // or all tokens would fall into the same L1 sets
+  // Of a column block without a second tile. It may begin and end within a chunk.
+  static constexpr int64_t kMostColumns = kPairBytes / sizeof(float) / kTileTokens;
+  static constexpr int64_t kEntries = (kMostColumns + 2 * kSlots) * kBlockRows;
+  static constexpr int64_t kEntryFloats = kGroupBlocks * kEntries * sizeof(Entry) / sizeof(float);
+  static constexpr int64_t kTurnStride = kMostColumns + 16;  // or all tokens would fall into the same L1 sets
   static constexpr int64_t kTurnFloats = kTileTokens * kTurnStride;
-  static_assert(kColumns % 32 == 0, "a column block is whole groups");
+  static_assert(kMostColumns / 2 % 32 == 0, "a column block is whole groups");
   static_assert(kTileTokens * sizeof(float) == 1 << Isa::kColumnShift, "bytes of a column in a tile");
   static_assert(kPassTokens % kTileTokens == 0, "a pass is whole tiles");
 
   static int64_t tiles(int64_t tokens) { return (tokens + kTileTokens - 1) / kTileTokens; }
 
   float* tile(int64_t column_block, int64_t number, int64_t tokens) const {
-    return x_ + (column_block * tiles(tokens) + number) * kTileFloats;
+    return x_ + (column_block * tiles(tokens) + number) * tile_floats_;
   }
 
   void turn_x(int64_t token, int64_t tokens, int64_t thread, int64_t threads, float* rows) const {
     const int64_t pieces = column_blocks_ * tiles(tokens);
-    for (int64_t piece = pieces * thread / threads; piece < pieces * (thread + 1) / threads; ++piece) {
-      const int64_t column = piece / tiles(tokens) * kColumns;
-      const int64_t first = piece % tiles(tokens) * kTileTokens;
+    const int64_t end = pieces * (thread + 1) / threads;
+    for (int64_t piece = pieces * thread / threads; piece < end; ++piece) {
+      const int64_t column_block = piece % column_blocks_;
+      const int64_t number = piece / column_blocks_;
+      const int64_t column = column_block * columns_;
+      const int64_t first = number * kTileTokens;
       const int64_t rest = call_.in_features - column;
-      const int64_t count = rest < kColumns ? rest : kColumns;
+      const int64_t count = rest < columns_ ? rest : columns_;
       for (int64_t t = 0; t < kTileTokens; ++t) {
         float* to = rows + t * kTurnStride;
         if (first + t >= tokens) {
-          memset(to, 0, kColumns * sizeof(float));
+          memset(to, 0, static_cast<size_t>(count) * sizeof(float));
           continue;
         }
-        convert<Isa>(static_cast<const Act*>(call_.x) + (token + first + t) * call_.in_features + column, count, to);
+        const Act* from = static_cast<const Act*>(call_.x) + (token + first + t) * call_.in_features + column;
+        // More rows than the hardware follows: fetches what the next piece has of this one.
+        for (int64_t byte = 0; byte < count * static_cast<int64_t>(sizeof(Act)); byte += 64) {
+          __builtin_prefetch(reinterpret_cast<const char*>(from + count) + byte);
+        }
+        convert<Isa>(from, count, to);
       }
-      float* to = x_ + piece * kTileFloats;
-      for (int64_t c = 0; c < count; ++c) {
-        for (int64_t t = 0; t < kTileTokens; ++t) to[c * kTileTokens + t] = rows[t * kTurnStride + c];
+      float* to = tile(column_block, number, tokens);
+      for (int64_t c = 0; c < count; c += Isa::kLanes) {  // past the last column it turns what nobody reads
+        for (int64_t t = 0; t < kTileTokens; t += Isa::kLanes) {
+          transpose<Isa>(rows + t * kTurnStride + c, kTurnStride, to + c * kTileTokens + t, kTileTokens);
+        }
       }
     }
   }
 
   // sums = W x^T for the blocks [block, end) of one group: [row][token].
   void multiply(int64_t block, int64_t end, int64_t tokens, Entry* entries, float* sums) const {
+    // Of one pair of tiles, each block of rows is decoded and used at once.
+    const int64_t together = tiles(tokens) > 2 ? kGroupBlocks : 1;
     memset(sums, 0, static_cast<size_t>((end - block) * kBlockRows * sums_stride_) * sizeof(float));
     for (int64_t columns = 0; columns < column_blocks_; ++columns) {
-      const int64_t column = columns * kColumns;
-      const int64_t column_end = column + kColumns < call_.in_features ? column + kColumns : call_.in_features;
+      const int64_t column = columns * columns_;
+      const int64_t column_end = column + columns_ < call_.in_features ? column + columns_ : call_.in_features;
       const int64_t slot = column / call_.m * call_.n;
       const int64_t slot_end = column_end / call_.m * call_.n;
       const int64_t chunk = slot / kSlots;
       const int64_t chunks = (slot_end + kSlots - 1) / kSlots - chunk;
       const int64_t skipped = (slot - chunk * kSlots) * kBlockRows;
-      for (int64_t b = block; b < end; ++b) {
-        const uint8_t* from = call_.weight + b * sizes_.block_bytes + chunk * chunk_bytes(kBits, sizeof(Weight));
-        decode<Isa, Weight, kBits>(from, chunks, bases_ + chunk * kSlots, static_cast<int32_t>(column), entries);
-        float* block_sums = sums + (b - block) * kBlockRows * sums_stride_;
-        for (int64_t number = 0; number < tiles(tokens); ++number) {
-          const int64_t first = number * kTileTokens;
-          multiply_tile<kTileVectors>(tokens - first, entries + skipped, slot_end - slot,
-                                      tile(columns, number, tokens), block_sums + first);
+      for (int64_t b = block; b < end; b += together) {
+        const int64_t blocks = end - b < together ? end - b : together;
+        for (int64_t i = 0; i < blocks; ++i) {
+          const uint8_t* from =
+              call_.weight + (b + i) * sizes_.block_bytes + chunk * chunk_bytes(kBits, sizeof(Weight));
+          decode<Isa, Weight, kBits>(from, chunks, bases_ + chunk * kSlots, static_cast<int32_t>(column),
+                                     entries + i * kEntries);
+        }
+        for (int64_t number = 0; number < tiles(tokens); number += 2) {
+          for (int64_t i = 0; i < blocks; ++i) {
+            const int64_t first = number * kTileTokens;
+            multiply_tiles<2 * kTileVectors>(tokens - first, entries + i * kEntries + skipped, slot_end - slot,
+                                             tile(columns, number, tokens), b - block + i,
+                                             sums + (b - block + i) * kBlockRows * sums_stride_ + first);
+          }
         }
       }
     }
   }
 
-  // Finds the tile of as few vectors as hold min(tokens, kTileTokens) tokens.
+  // Finds as few vectors as hold the tokens, of a tile or two. Meanwhile it fetches the activations that come next: of
+  // the pair of tiles that follow in memory, the part of block b of the group.
   template <int kVectors>
-  void multiply_tile(int64_t tokens, const Entry* entries, int64_t slots, const float* x, float* sums) const {
+  void multiply_tiles(int64_t tokens, const Entry* entries, int64_t slots, const float* x, int64_t b,
+                      float* sums) const {
     if constexpr (kVectors > 1) {
-      if (tokens <= (kVectors - 1) * Isa::kLanes) return multiply_tile<kVectors - 1>(tokens, entries, slots, x, sums);
+      if (tokens <= (kVectors - 1) * Isa::kLanes) {
+        return multiply_tiles<kVectors - 1>(tokens, entries, slots, x, b, sums);
+      }
     }
-    for (int r = 0; r < kBlockRows; r += kTileRows) {
-      sparse_tile<Isa, kTileRows, kVectors>(entries + r, slots, x, sums + r * sums_stride_, sums_stride_);
+    constexpr int kRows = kVectors > kTileVectors ? 1 : 2;
+    constexpr int64_t kRowBytes = kPairBytes / (kGroupBlocks * kBlockRows);
+    const char* next = reinterpret_cast<const char*>(x) + kPairBytes + b * kBlockRows * kRowBytes;
+    for (int r = 0; r < kBlockRows; r += kRows) {
+      for (int64_t byte = 0; byte < kRows * kRowBytes; byte += 64) __builtin_prefetch(next + r * kRowBytes + byte);
+      sparse_tiles<Isa, kRows, kVectors>(entries + r, slots, x, tile_floats_, sums + r * sums_stride_, sums_stride_);
     }
   }
 
   void store_block(int64_t block, int64_t token, int64_t tokens, const float* sums) const {
     const BlockOutputs<Isa, Act> outputs(call_, block);
-    for (int64_t t = 0; t < tokens; ++t) {
-      float values[kBlockRows];
-      for (int64_t r = 0; r < kBlockRows; ++r) values[r] = sums[r * sums_stride_ + t];
-      outputs.store(token + t, values);
+    float values[Isa::kLanes][kBlockRows];
+    for (int64_t first = 0; first < tokens; first += Isa::kLanes) {
+      for (int64_t r = 0; r < kBlockRows; r += Isa::kLanes) {
+        transpose<Isa>(sums + r * sums_stride_ + first, sums_stride_, values[0] + r, kBlockRows);
+      }
+      for (int64_t t = first; t < tokens && t < first + Isa::kLanes; ++t) outputs.store(token + t, values[t - first]);
     }
   }
 
   const NMLinear& call_;
   const Interleaved sizes_;
+  const int64_t columns_;  // of a column block: those of one tile, or half as many of two
   const int64_t column_blocks_;
+  const int64_t tile_floats_;
   const int64_t sums_stride_;
   float* x_ = nullptr;
   int32_t* bases_ = nullptr;
