@@ -3,7 +3,7 @@
 //   for every kPassTokens tokens                      bounds the working memory
 //     turn the activations to [column block][tile of tokens][column][token], shared by all threads
 //     for every kGroupBlocks blocks of rows that this thread takes (shares.h)
-//       for every column block: decode these blocks of rows, then
+//       for every column block: decode these blocks of rows (one at a time where a pair of tiles is all there is), then
 //         for every pair of tiles, which stay in L1 meanwhile, for every block of rows, for every row: sparse_tiles
 //       scale, add the bias, round, store
 #ifndef MASKPRO_NM_LINEAR_MANY_H_
@@ -158,10 +158,13 @@ class ManyTokens {
  private:
   static constexpr int kSlots = chunk_slots(kBits);
   static constexpr int64_t kTileTokens = kTileVectors * Isa::kLanes;
-  // Of a column block without a second tile. It may begin and end within a chunk.
+  // Of a column block, where the call's tokens fill no second tile.
   static constexpr int64_t kMostColumns = kPairBytes / sizeof(float) / kTileTokens;
-  static constexpr int64_t kEntries = (kMostColumns + 2 * kSlots) * kBlockRows;
-  static constexpr int64_t kEntryFloats = kGroupBlocks * kEntries * sizeof(Entry) / sizeof(float);
+  // A column block may begin and end within a chunk.
+  static constexpr int64_t kBlockEntries = (kMostColumns + 2 * kSlots) * kBlockRows;
+  static constexpr int64_t kEntryFloats = kGroupBlocks * kBlockEntries * sizeof(Entry) / sizeof(float);
+  // What a row fetches of the pair of tiles that comes next.
+  static constexpr int64_t kRowFloats = kPairBytes / sizeof(float) / (kGroupBlocks * kBlockRows);
   static constexpr int64_t kTurnStride = kMostColumns + 16;  // or all tokens would fall into the same L1 sets
   static constexpr int64_t kTurnFloats = kTileTokens * kTurnStride;
   static_assert(kMostColumns / 2 % 32 == 0, "a column block is whole groups");
@@ -192,8 +195,8 @@ class ManyTokens {
         }
         const Act* from = static_cast<const Act*>(call_.x) + (token + first + t) * call_.in_features + column;
         // More rows than the hardware follows: fetches what the next piece has of this one.
-        for (int64_t byte = 0; byte < count * static_cast<int64_t>(sizeof(Act)); byte += 64) {
-          __builtin_prefetch(reinterpret_cast<const char*>(from + count) + byte);
+        for (int64_t ahead = columns_; ahead < rest && ahead < 2 * columns_; ahead += 64 / sizeof(Act)) {
+          __builtin_prefetch(from + ahead);
         }
         convert<Isa>(from, count, to);
       }
@@ -208,7 +211,7 @@ class ManyTokens {
 
   // sums = W x^T for the blocks [block, end) of one group: [row][token].
   void multiply(int64_t block, int64_t end, int64_t tokens, Entry* entries, float* sums) const {
-    // Of one pair of tiles, each block of rows is decoded and used at once.
+    // A single pair of tiles stays in L1 anyhow, and the entries of one block of rows beside it.
     const int64_t together = tiles(tokens) > 2 ? kGroupBlocks : 1;
     memset(sums, 0, static_cast<size_t>((end - block) * kBlockRows * sums_stride_) * sizeof(float));
     for (int64_t columns = 0; columns < column_blocks_; ++columns) {
@@ -225,47 +228,51 @@ class ManyTokens {
           const uint8_t* from =
               call_.weight + (b + i) * sizes_.block_bytes + chunk * chunk_bytes(kBits, sizeof(Weight));
           decode<Isa, Weight, kBits>(from, chunks, bases_ + chunk * kSlots, static_cast<int32_t>(column),
-                                     entries + i * kEntries);
+                                     entries + i * kBlockEntries);
         }
         for (int64_t number = 0; number < tiles(tokens); number += 2) {
+          const int64_t first = number * kTileTokens;
+          const float* x = tile(columns, number, tokens);
+          const float* next = x + (tiles(tokens) - number > 1 ? 2 : 1) * tile_floats_;
+          if (next == x_ + column_blocks_ * tiles(tokens) * tile_floats_) next = x_;  // the next group's first
           for (int64_t i = 0; i < blocks; ++i) {
-            const int64_t first = number * kTileTokens;
-            multiply_tiles<2 * kTileVectors>(tokens - first, entries + i * kEntries + skipped, slot_end - slot,
-                                             tile(columns, number, tokens), b - block + i,
-                                             sums + (b - block + i) * kBlockRows * sums_stride_ + first);
+            const int64_t place = b - block + i;
+            multiply_tiles<2 * kTileVectors>(tokens - first, entries + i * kBlockEntries + skipped, slot_end - slot, x,
+                                             next + place * kBlockRows * kRowFloats,
+                                             sums + place * kBlockRows * sums_stride_ + first);
           }
         }
       }
     }
   }
 
-  // Finds as few vectors as hold the tokens, of a tile or two. Meanwhile it fetches the activations that come next: of
-  // the pair of tiles that follow in memory, the part of block b of the group.
+  // Finds as few vectors as hold the tokens, of a tile or two. Meanwhile it fetches this block's part of the pair of
+  // tiles that comes next.
   template <int kVectors>
-  void multiply_tiles(int64_t tokens, const Entry* entries, int64_t slots, const float* x, int64_t b,
+  void multiply_tiles(int64_t tokens, const Entry* entries, int64_t slots, const float* x, const float* next,
                       float* sums) const {
     if constexpr (kVectors > 1) {
       if (tokens <= (kVectors - 1) * Isa::kLanes) {
-        return multiply_tiles<kVectors - 1>(tokens, entries, slots, x, b, sums);
+        return multiply_tiles<kVectors - 1>(tokens, entries, slots, x, next, sums);
       }
     }
     constexpr int kRows = kVectors > kTileVectors ? 1 : 2;
-    constexpr int64_t kRowBytes = kPairBytes / (kGroupBlocks * kBlockRows);
-    const char* next = reinterpret_cast<const char*>(x) + kPairBytes + b * kBlockRows * kRowBytes;
     for (int r = 0; r < kBlockRows; r += kRows) {
-      for (int64_t byte = 0; byte < kRows * kRowBytes; byte += 64) __builtin_prefetch(next + r * kRowBytes + byte);
+      for (int64_t i = 0; i < kRows * kRowFloats; i += 16) __builtin_prefetch(next + r * kRowFloats + i);
       sparse_tiles<Isa, kRows, kVectors>(entries + r, slots, x, tile_floats_, sums + r * sums_stride_, sums_stride_);
     }
   }
 
   void store_block(int64_t block, int64_t token, int64_t tokens, const float* sums) const {
     const BlockOutputs<Isa, Act> outputs(call_, block);
-    float values[Isa::kLanes][kBlockRows];
+    alignas(64) float values[Isa::kLanes * kBlockRows];
     for (int64_t first = 0; first < tokens; first += Isa::kLanes) {
       for (int64_t r = 0; r < kBlockRows; r += Isa::kLanes) {
-        transpose<Isa>(sums + r * sums_stride_ + first, sums_stride_, values[0] + r, kBlockRows);
+        transpose<Isa>(sums + r * sums_stride_ + first, sums_stride_, values + r, kBlockRows);
       }
-      for (int64_t t = first; t < tokens && t < first + Isa::kLanes; ++t) outputs.store(token + t, values[t - first]);
+      for (int64_t t = first; t < tokens && t < first + Isa::kLanes; ++t) {
+        outputs.store(token + t, values + (t - first) * kBlockRows);
+      }
     }
   }
 
