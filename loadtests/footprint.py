@@ -98,7 +98,8 @@ def main() -> None:
     print(f"{'peak GiB':>9} {'serving':>8} {'ready s':>8} {'ms/token':>9}")
     for model in arguments.models:
         with tempfile.TemporaryDirectory() as folder:
-            flags = ["--model", *shlex.split(f"{model} {arguments.flags}")]
+            name, *own = shlex.split(model)
+            flags = ["--model", name, *shlex.split(arguments.flags), *own]  # the last of two alike wins
             found = footprint(Server(flags, Path(folder) / "server.log"), arguments.timeout)
         results.append({"model": model, "flags": arguments.flags} | asdict(found))
         memory = f"{found.peak_bytes / 2**30:9.2f} {found.serving_bytes / 2**30:8.2f}"

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
+from maskpro_serve.freed_memory import return_freed_memory
 from maskpro_serve.loading import RETRY_AFTER_S, LoadingServer, unavailable
 
 Message = MutableMapping[str, Any]
@@ -73,6 +74,7 @@ class Process:
         self.watch_signals(app.state.server, max(0.0, config.shutdown_timeout - _LAST_SECONDS))
         if self.loading is not None:
             self.loading.stop()
+        return_freed_memory()
 
     def watch_signals(self, server: Any, seconds: float) -> None:
         """Hears of SIGTERM and SIGINT beside vLLM, and ends what is left ``seconds`` later."""

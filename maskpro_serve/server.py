@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 
+from maskpro_serve.forked_process import ForkedContext
 from maskpro_serve.lifecycle import PROCESS
 from maskpro_serve.loading import LoadingServer
 
@@ -30,18 +31,28 @@ def main(argv: Sequence[str]) -> int:
     Returns:
         0 if a signal asked it to stop, 1 if it stopped by itself: the engine has died. 2: a variable is wrong.
     """
+
+    def stop_loading(signum: int, frame: object) -> None:
+        PROCESS.stopping = True
+        raise SystemExit(0)
+
+    for number in signal.SIGTERM, signal.SIGINT:  # until vLLM is ready and installs its own
+        signal.signal(number, stop_loading)
     with tempfile.TemporaryDirectory(prefix="maskpro-metrics-") as folder:
         # Layers load in other processes; prometheus-client carries their metrics to /metrics through this
         # folder, and reads the variable when it is first imported.
         os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", folder)
-        # As the `vllm` command does: a forked engine would inherit the socket, and this process has threads.
+        # As the `vllm` command does: what vLLM forks would inherit the socket, and this process has threads by then.
+        forks = "VLLM_WORKER_MULTIPROC_METHOD" not in os.environ
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+        # vLLM sets it on CPUs before it starts an engine; one that was forked has read it by then.
+        os.environ.setdefault("TORCHINDUCTOR_CPP_DYNAMIC_THREADS", "1")
         try:
             _check_environment()
         except ValueError as error:
             print(f"maskpro-serve: {error}", file=sys.stderr)
             return 2
-        _serve(argv)
+        _serve(argv, forks)
     if PROCESS.started and not PROCESS.stopping:
         print("maskpro-serve: the engine died, see the log above; exit code 1", file=sys.stderr)
         return 1
@@ -57,7 +68,7 @@ def _check_environment() -> None:
     open_log()
 
 
-def _serve(argv: Sequence[str]) -> None:
+def _serve(argv: Sequence[str], forks: bool) -> None:
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -69,6 +80,8 @@ def _serve(argv: Sequence[str]) -> None:
     arguments = parser.parse_args(["serve", *argv])
     command.validate(arguments)
     if _in_this_process(arguments):
+        if forks:
+            _fork_engine()
         _serve_here(arguments)
     else:
         command.cmd(arguments)
@@ -81,6 +94,27 @@ def _in_this_process(arguments: argparse.Namespace) -> bool:
     return not (several or elsewhere or arguments.ssl_keyfile)
 
 
+def _fork_engine() -> None:
+    """Forks the process that becomes vLLM's engine now, while this one has done nothing but import.
+
+    vLLM would start a new interpreter for it, to import all of this once more: seconds, and hundreds of megabytes. Only
+    on CPUs: what has used CUDA must not be forked, and nobody has tried this on a GPU.
+    """
+    from vllm.platforms import current_platform
+
+    if not (current_platform.is_cpu() and sys.platform == "linux"):
+        return
+    import vllm.v1.engine.core
+    import vllm.v1.engine.utils
+    import vllm.v1.worker.cpu_worker
+
+    import maskpro_serve.executor
+    import maskpro_serve.worker  # noqa: F401
+
+    context = ForkedContext()
+    vllm.v1.engine.utils.get_mp_context = lambda: context
+
+
 def _serve_here(arguments: argparse.Namespace) -> None:
     """What ``vllm serve`` does for one API server, but its socket answers from the start."""
     import uvloop
@@ -91,14 +125,9 @@ def _serve_here(arguments: argparse.Namespace) -> None:
     except ImportError:  # its place in older releases
         from vllm.entrypoints.openai.api_server import run_server_worker, setup_server
 
-    def stop_loading(signum: int, frame: object) -> None:
-        PROCESS.stopping = True
-        raise SystemExit(0)
-
     arguments.model = arguments.model_tag or arguments.model
     arguments.api_server_count = None
     decorate_logs("APIServer", skip_if_decorated=True)
-    signal.signal(signal.SIGTERM, stop_loading)  # until vLLM is ready and installs its own
     address, listener = setup_server(arguments, reuse_port=False)
     PROCESS.loading = LoadingServer(listener)
     try:

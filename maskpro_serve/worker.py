@@ -1,4 +1,4 @@
-"""vLLM's CPU worker, which a request's seed does not end."""
+"""vLLM's CPU worker, which a request's seed does not end, and which keeps no memory that only compiling needed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import torch
 from vllm.v1.core.sched.output import GrammarOutput
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.cpu_worker import CPUWorker
+
+from maskpro_serve.freed_memory import return_freed_memory
 
 
 class _Spare(torch.Generator):
@@ -27,6 +29,12 @@ class SeededCPUWorker(CPUWorker):
     sampler finds a spare one in its place, so that there is nothing to take back: a seed gives the same tokens however
     the prompt was cut. (No row is left without: 0.27 ignores all seeds of a batch in which one is missing.)
     """
+
+    def determine_available_memory(self) -> int:
+        """Before the KV cache is allocated, so that what compiling has freed does not count beside it."""
+        available = super().determine_available_memory()
+        return_freed_memory()
+        return available
 
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> ModelRunnerOutput | AsyncModelRunnerOutput:
         if self.use_v2_model_runner:  # draws without generators

@@ -70,3 +70,14 @@ def test_the_last_layer_returns_what_loading_freed(monkeypatch):
     for layer in layers:
         linear.NMLinearMethod(config, "layer", LinearScheme(compressed=True)).process_weights_after_loading(layer)
     assert waiting == [0]
+
+
+@pytest.mark.vllm
+def test_what_compiling_freed_is_returned_before_the_cache_is_allocated(monkeypatch):
+    from maskpro_serve import worker
+
+    calls: list[str] = []
+    monkeypatch.setattr(worker.CPUWorker, "determine_available_memory", lambda self: calls.append("compile") or 7)
+    monkeypatch.setattr(worker, "return_freed_memory", lambda: calls.append("return"))
+    assert object.__new__(worker.SeededCPUWorker).determine_available_memory() == 7
+    assert calls == ["compile", "return"]

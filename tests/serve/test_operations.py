@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -160,6 +161,14 @@ def test_metrics_say_what_runs(server):
     assert 0 < seconds < 60
     assert read > 0
     assert "vllm:e2e_request_latency_seconds_bucket" in metrics
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="spawned elsewhere")
+def test_the_engine_shares_what_the_server_has_imported(server):
+    (engine,) = engine_processes(server)
+    memory = Path(f"/proc/{engine.pid}/smaps_rollup").read_text()
+    shared = int(re.search(r"^Shared_Dirty: +(\d+) kB$", memory, re.MULTILINE)[1])
+    assert shared > 50_000  # KiB; nothing, of an engine that imports for itself
 
 
 def test_the_start_is_logged_in_two_lines(server):

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 import httpx
+import psutil
 import pytest
 from operated import (
     FLAGS,
@@ -15,6 +16,7 @@ from operated import (
     SEQUENCES,
     Load,
     complete,
+    engine_processes,
     go_on,
     records,
     sample,
@@ -106,12 +108,18 @@ def test_what_the_drain_cannot_finish_gets_an_error(tiny, tmp_path):
     assert outcomes(server.log.read_text()) == {"failed": 1, "rejected": 1}
 
 
-def test_sigterm_while_loading_ends_it_at_once(tiny, tmp_path):
-    server = Server(["--model", str(tiny["packed"]), *FLAGS], tmp_path / "log", ONE_THREAD).start()
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_signal_while_loading_ends_it_and_its_engine(tiny, tmp_path, number):
+    model = with_tokenizer(tiny["packed"], tmp_path / "model")
+    server = Server(["--model", str(model), *FLAGS], tmp_path / "log", ONE_THREAD).start()
     try:
         wait_until(lambda: answers(server.url, "/ready") == 503, 120)
-        server.send_signal(signal.SIGTERM)
-        assert server.wait(60) == 0
+        wait_until(lambda: engine_processes(server), 120)
+        engine = engine_processes(server)
+        server.send_signal(number)
+        assert server.wait(60) == (-number if number == signal.SIGKILL else 0)
+        _, alive = psutil.wait_procs(engine, 10)
+        assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
     finally:
         server.stop()
     assert "Traceback" not in server.log.read_text()
