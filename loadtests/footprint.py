@@ -2,15 +2,18 @@
 
     python loadtests/footprint.py sparse-llama dense-llama "dense-llama --dtype float32" [--json FILE]
 
-Each argument is a model, with flags of ``maskpro-serve`` if any. Memory is that of all processes of the server, shared
-pages counted once (PSS), sampled twice a second until it is ready, and read once after it has answered; pages of a
-checkpoint file that is being read count, though the system may drop them.
+Each argument is a model, after variables of the environment and before flags of ``maskpro-serve``, if any, as a shell
+would take them ("VLLM_WORKER_MULTIPROC_METHOD=spawn sparse-llama"). Memory is that of all processes of the server,
+shared pages counted once (PSS), sampled twice a second until it is ready, and read once after it has answered; pages of
+a checkpoint file that is being read count, though the system may drop them.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import re
 import shlex
 import statistics
 import sys
@@ -27,6 +30,7 @@ from workloads import Request
 
 PROMPT = "The lighthouse"
 TOKENS = 33
+_ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=")
 FLAGS = "--max-model-len 2048 --kv-cache-memory-bytes 1G"
 
 
@@ -87,9 +91,23 @@ def _peak_until_ready(server: Server, timeout: float) -> int:
     return peak
 
 
+def command(words: str, flags: str) -> tuple[list[str], dict[str, str]]:
+    """Of "NAME=VALUE MODEL FLAGS", the arguments of a server and what to add to its environment.
+
+    Args:
+        words: as given for one server; its own flags win over those for all.
+        flags: for all servers.
+    """
+    split = shlex.split(words)
+    variables = list(itertools.takewhile(_ASSIGNMENT.match, split))
+    model, *own = split[len(variables) :]
+    environment = dict(variable.split("=", 1) for variable in variables)
+    return ["--model", model, *shlex.split(flags), *own], environment  # of flags that are alike the last one wins
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", metavar="MODEL", help='a model, or "MODEL FLAGS"')
+    parser.add_argument("models", nargs="+", metavar="MODEL", help='a model, or "NAME=VALUE MODEL FLAGS"')
     parser.add_argument("--flags", default=FLAGS, help=f"for all servers (default '{FLAGS}')")
     parser.add_argument("--timeout", type=float, default=900, help="seconds until a server must be ready (default 900)")
     parser.add_argument("--json", type=Path, help="where the result goes as well")
@@ -98,9 +116,8 @@ def main() -> None:
     print(f"{'peak GiB':>9} {'serving':>8} {'ready s':>8} {'ms/token':>9}")
     for model in arguments.models:
         with tempfile.TemporaryDirectory() as folder:
-            name, *own = shlex.split(model)
-            flags = ["--model", name, *shlex.split(arguments.flags), *own]  # the last of two alike wins
-            found = footprint(Server(flags, Path(folder) / "server.log"), arguments.timeout)
+            given, environment = command(model, arguments.flags)
+            found = footprint(Server(given, Path(folder) / "server.log", environment), arguments.timeout)
         results.append({"model": model, "flags": arguments.flags} | asdict(found))
         memory = f"{found.peak_bytes / 2**30:9.2f} {found.serving_bytes / 2**30:8.2f}"
         print(f"{memory} {found.ready_s:8.0f} {found.s_per_token * 1e3:9.1f}  {model}", flush=True)

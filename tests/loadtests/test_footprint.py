@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from calibration import STUB
-from footprint import footprint
+from footprint import command, footprint
 from random_llama import SHAPES, check_shape
 from server import Server, ServerError
 
@@ -55,3 +55,19 @@ def test_a_folder_of_another_shape_is_refused(tmp_path):
     check_shape(tmp_path, "1.1b")
     with pytest.raises(SystemExit, match=rf"^{config}: hidden_size: expected 4096 \(7b\), found 2048$"):
         check_shape(tmp_path, "7b")
+
+
+@pytest.mark.parametrize(
+    ("words", "arguments", "environment"),
+    [
+        ("tiny", ["--model", "tiny", "--port", "1"], {}),
+        (
+            "A=1 B_2='x y=z' folder/tiny --port 2",
+            ["--model", "folder/tiny", "--port", "1", "--port", "2"],
+            {"A": "1", "B_2": "x y=z"},
+        ),
+        ("tiny --override={}=1", ["--model", "tiny", "--port", "1", "--override={}=1"], {}),
+    ],
+)
+def test_a_server_is_named_as_in_a_shell(words, arguments, environment):
+    assert command(words, "--port 1") == (arguments, environment)
