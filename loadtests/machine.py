@@ -35,8 +35,11 @@ def versions() -> dict[str, str]:
 
 
 def _cpu_model() -> str:
+    """Its name; on x86 with family and model, since names as "AMD EPYC" say neither."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    name = fields.get("model name", platform.machine())
+    return f"{name}, family {fields['cpu family']}, model {fields['model']}" if "cpu family" in fields else name

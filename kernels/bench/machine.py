@@ -55,7 +55,7 @@ def with_large_pages() -> None:
 
 def this_machine() -> Machine:
     return Machine(
-        cpu=_field("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
+        cpu=_processor(),
         isas=_cpu.available_isas(),
         cores=len(os.sched_getaffinity(0)),
         threads=torch.get_num_threads(),
@@ -66,6 +66,14 @@ def this_machine() -> Machine:
         glibc_tunables=os.environ.get(_TUNABLES, ""),
         large_pages=_chosen(Path("/sys/kernel/mm/transparent_hugepage/enabled")),
         held={name: os.environ[name] for name in _HELD_BY if name in os.environ},
+    )
+
+
+def _processor() -> str:
+    """Its name; on x86 with family and model, since names as "AMD EPYC" say neither."""
+    name, family, model = (_field("/proc/cpuinfo", field) for field in ("model name", "cpu family", "model"))
+    return (name or platform.processor() or platform.machine()) + (
+        f", family {family}, model {model}" if family else ""
     )
 
 

@@ -4,6 +4,7 @@
 #define MASKPRO_NM_LINEAR_PAIRS_H_
 
 #include <stdint.h>
+#include <string.h>
 
 #include "element_types.h"
 #include "interleaved.h"
@@ -46,6 +47,23 @@ template <class Isa, class Weight, int kBits, int kTokens>
   }
 #pragma GCC unroll 16
   for (int t = 0; t < kTokens; ++t) Isa::store(sums + t * kBlockRows, acc[t]);
+}
+
+// Chunks of int8 as chunks of bfloat16, exactly.
+template <class Isa, int kBits>
+[[gnu::noinline]] void widen(const uint8_t* from, int64_t chunks, uint8_t* to) {
+  for (int64_t c = 0; c < chunks; ++c) {
+    memcpy(to, from, chunk_index_bytes(kBits));
+    const int8_t* values = reinterpret_cast<const int8_t*>(from + chunk_index_bytes(kBits));
+    uint8_t* pairs = to + chunk_index_bytes(kBits);
+#pragma GCC unroll 16
+    for (int slot = 0; slot < chunk_slots(kBits); slot += 2) {
+      const auto both = Isa::load_pairs(values + slot * kBlockRows);
+      memcpy(pairs + slot * kBlockRows * sizeof(BF16), &both, sizeof both);
+    }
+    from += chunk_bytes(kBits, sizeof(int8_t));
+    to += chunk_bytes(kBits, sizeof(BF16));
+  }
 }
 
 }  // namespace maskpro
