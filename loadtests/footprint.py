@@ -97,9 +97,14 @@ def command(words: str, flags: str) -> tuple[list[str], dict[str, str]]:
     Args:
         words: as given for one server; its own flags win over those for all.
         flags: for all servers.
+
+    Raises:
+        ValueError: there is no model.
     """
     split = shlex.split(words)
     variables = list(itertools.takewhile(_ASSIGNMENT.match, split))
+    if len(variables) == len(split):
+        raise ValueError(f"no model in {words!r} (one that looks like NAME=VALUE: ./NAME=VALUE)")
     model, *own = split[len(variables) :]
     environment = dict(variable.split("=", 1) for variable in variables)
     return ["--model", model, *shlex.split(flags), *own], environment  # of flags that are alike the last one wins
@@ -112,11 +117,14 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=900, help="seconds until a server must be ready (default 900)")
     parser.add_argument("--json", type=Path, help="where the result goes as well")
     arguments = parser.parse_args()
+    try:
+        commands = [command(model, arguments.flags) for model in arguments.models]
+    except ValueError as error:
+        parser.error(str(error))
     results = []
     print(f"{'peak GiB':>9} {'serving':>8} {'ready s':>8} {'ms/token':>9}")
-    for model in arguments.models:
+    for model, (given, environment) in zip(arguments.models, commands, strict=True):
         with tempfile.TemporaryDirectory() as folder:
-            given, environment = command(model, arguments.flags)
             found = footprint(Server(given, Path(folder) / "server.log", environment), arguments.timeout)
         results.append({"model": model, "flags": arguments.flags} | asdict(found))
         memory = f"{found.peak_bytes / 2**30:9.2f} {found.serving_bytes / 2**30:8.2f}"

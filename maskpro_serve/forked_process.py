@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import gc
 import io
@@ -20,20 +21,44 @@ class _Waiting:
     """A process that waits to be told what to run, and ends without a word if this one ends first."""
 
     def __init__(self) -> None:
-        resource_tracker.ensure_running()  # one for both
+        resource_tracker.ensure_running()  # one for both, as of a process that is spawned
+        self.started_with = _started_with()
         cores = os.sched_getaffinity(0)
         self.told, self.tells = Pipe(duplex=False)
         self.sentinel, ended = os.pipe()
         # A collection writes into every object it looks at, and would copy the pages that the two share.
         gc.collect()
         gc.freeze()
+        util._flush_std_streams()  # type: ignore[attr-defined]  # or what is left of it would be written twice
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-        self.pid = os.fork()
-        if not self.pid:
-            _wait(self, cores, before)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        self.told.close()
-        os.close(ended)
+        try:
+            self.pid = os.fork()
+            if not self.pid:
+                _wait(self, cores, before)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            self.told.close()
+            os.close(ended)
+        # Python 3.12 waits at its end for the resource tracker, which waits for this process, which waits for that end.
+        atexit.register(self.end)
+
+    def end(self) -> None:
+        """Of a process that was not told anything; does nothing to one that was."""
+        if not self.tells.closed:
+            self.tells.close()
+            os.waitpid(self.pid, 0)
+
+    def tell(self, message: memoryview) -> None:
+        """Starts it with what it is to run, as ``spawn`` sends it."""
+        atexit.unregister(self.end)
+        self.tells.send(dict(os.environ))
+        with open(self.tells.fileno(), "wb", closefd=False) as rest:
+            rest.write(message)
+
+
+def _started_with() -> tuple[str | None, str | bytes | None]:
+    """What takes effect only where a program is started: libraries to preload, and what starts Python (numactl)."""
+    return os.environ.get("LD_PRELOAD"), spawn.get_executable()
 
 
 def _wait(here: _Waiting, cores: set[int], signals: set[int | signal.Signals]) -> NoReturn:
@@ -48,6 +73,8 @@ def _wait(here: _Waiting, cores: set[int], signals: set[int | signal.Signals]) -
         # If this one is killed, nobody else would tell it to end, and it would keep its memory and its cores.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         os.sched_setaffinity(0, cores)  # Intel's OpenMP leaves a forked process one core
+        atexit._clear()  # what was registered for the end of the other one
+        atexit.register(util._exit_function)  # type: ignore[attr-defined]
         try:
             environment = here.told.recv()
         except EOFError:
@@ -55,6 +82,7 @@ def _wait(here: _Waiting, cores: set[int], signals: set[int | signal.Signals]) -
         signal.signal(signal.SIGINT, signal.default_int_handler)
         _set_environment(environment)
         code = spawn._main(os.dup(here.told.fileno()), here.told.fileno())
+        atexit._run_exitfuncs()
     except BaseException:
         traceback.print_exc()
     finally:
@@ -84,17 +112,15 @@ class _Started(popen_spawn_posix.Popen):
             reduction.dump(process, message)
         finally:
             set_spawning_popen(None)
-        if self._fds:  # it needs files that are open here, which only a new process can be given
-            self._waiting.tells.close()
-            os.waitpid(self._waiting.pid, 0)
+        if self._fds or self._waiting.started_with != _started_with():
+            # Only a new process can be given files that are open here, other libraries, or what vLLM starts it with.
+            self._waiting.end()
             self._fds = []
             super()._launch(process)  # type: ignore[misc]
             return
         self.pid, self.sentinel = self._waiting.pid, self._waiting.sentinel
         self.finalizer = util.Finalize(self, os.close, (self.sentinel,))
-        self._waiting.tells.send(dict(os.environ))
-        with open(self._waiting.tells.fileno(), "wb", closefd=False) as rest:
-            rest.write(message.getbuffer())
+        self._waiting.tell(message.getbuffer())
 
 
 class _Process(SpawnProcess):

@@ -75,6 +75,8 @@ class Process:
         if self.loading is not None:
             self.loading.stop()
         return_freed_memory()
+        if self.stopping:  # Python has ignored what a signal raised while it loaded: within a finalizer, say
+            signal.raise_signal(signal.SIGTERM)
 
     def watch_signals(self, server: Any, seconds: float) -> None:
         """Hears of SIGTERM and SIGINT beside vLLM, and ends what is left ``seconds`` later."""

@@ -11,6 +11,7 @@ import uuid
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from logging.handlers import WatchedFileHandler
+from pathlib import Path
 
 from maskpro_serve.lifecycle import READY_PATH, STREAM_ERRORS, App, Message, Receive, Scope, Send
 from maskpro_serve.metrics import REQUESTS
@@ -167,9 +168,11 @@ def open_log() -> logging.Logger:
             handler = logging.NullHandler()
         elif target:
             try:
-                handler = WatchedFileHandler(target)
+                Path(target).open("a").close()
             except OSError as error:
                 raise ValueError(f"{FILE_VARIABLE}={target}: {error.strerror}") from error
+            # Opened with the first record: the engine is forked before, and would hold it after it was rotated away.
+            handler = WatchedFileHandler(target, delay=True)
         else:
             # A stream of its own: vLLM may put a prefix before what sys.stdout writes.
             handler = logging.StreamHandler(os.fdopen(os.dup(1), "w", buffering=1))

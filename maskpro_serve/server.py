@@ -111,7 +111,11 @@ def _fork_engine() -> None:
     import maskpro_serve.executor
     import maskpro_serve.worker  # noqa: F401
 
-    context = ForkedContext()
+    try:
+        context = ForkedContext()
+    except OSError as error:  # no memory for another of this size, by the system's rules
+        print(f"maskpro-serve: vLLM starts its engine itself: {error}", file=sys.stderr)
+        return
     vllm.v1.engine.utils.get_mp_context = lambda: context
 
 

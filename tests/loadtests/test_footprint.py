@@ -71,3 +71,8 @@ def test_a_folder_of_another_shape_is_refused(tmp_path):
 )
 def test_a_server_is_named_as_in_a_shell(words, arguments, environment):
     assert command(words, "--port 1") == (arguments, environment)
+
+
+def test_a_server_without_a_model_is_named():
+    with pytest.raises(ValueError, match="no model in 'A=1'"):
+        command("A=1", "")

@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -122,8 +123,12 @@ class Load:
 
 def engine_processes(server: Server) -> list[psutil.Process]:
     """vLLM's engine core under the server."""
-    children = psutil.Process(server.pid).children(recursive=True)
-    return [child for child in children if "EngineCore" in " ".join([child.name(), *child.cmdline()])]
+    engine = []
+    for child in psutil.Process(server.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # ended since: while a server loads, it starts others
+            if "EngineCore" in " ".join([child.name(), *child.cmdline()]):
+                engine.append(child)
+    return engine
 
 
 def stand_still(server: Server) -> None:

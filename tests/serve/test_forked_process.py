@@ -34,6 +34,10 @@ def leave(code):
 def fail():
     raise RuntimeError("it went wrong")
 
+def leave_a_note(path):
+    import atexit
+    atexit.register(Path(path).write_text, "left")
+
 def sleep(path):
     say(path)
     time.sleep(60)
@@ -140,6 +144,36 @@ def test_it_ends_with_this_process_if_it_was_never_needed(tmp_path):
     out, errors = run(tmp_path, "import signal\nos.kill(waiting, signal.SIGINT)\nprint(waiting)")
     assert errors == ""
     assert gone(int(out[0]))
+
+
+def test_it_cleans_up_at_its_end_but_not_for_the_other(tmp_path):
+    body = """
+import atexit
+process = context.Process(target=leave_a_note, args=(folder / "note",))
+atexit.register(lambda: print("ours"))
+process.start()
+process.join()
+print(process.exitcode)
+"""
+    out, errors = run(tmp_path, body)
+    assert (out, errors) == (["0", "ours"], "")
+    assert (tmp_path / "note").read_text() == "left"
+
+
+@pytest.mark.parametrize("change", ["os.environ['LD_PRELOAD'] = ''", "context.set_executable(folder / 'python')"])
+def test_what_must_be_started_otherwise_is_spawned(tmp_path, change):
+    (tmp_path / "python").symlink_to(sys.executable)
+    body = f"""
+{change}
+process = context.Process(target=say, args=(folder / "said",))
+process.start()
+process.join()
+print(process.exitcode, waiting)
+"""
+    out, errors = run(tmp_path, body)
+    assert (out[0], errors) == ("0", "")
+    assert said(tmp_path, "said")["imported"] is False
+    assert gone(int(out[1]))
 
 
 def test_what_needs_an_open_file_is_spawned(tmp_path):

@@ -18,6 +18,7 @@ from maskpro_serve.request_log import RequestLog
 
 TWO_USAGES = b"".join(b'data: {"usage":{"prompt_tokens":1,"completion_tokens":%d}}\n\n' % count for count in (1, 2))
 STREAM = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]}
+SIGNALS = signal.SIGTERM, signal.SIGINT
 
 
 @pytest.fixture
@@ -319,3 +320,24 @@ def test_a_client_that_leaves(process, lines):
 
     asyncio.run(call(RequestLog(application), received=[{"type": "http.disconnect"}]))
     assert lines[0]["outcome"] == "disconnected"
+
+
+def test_a_signal_that_loading_has_swallowed_is_sent_again(process, monkeypatch):
+    heard: list[int] = []
+    monkeypatch.setattr("maskpro_serve.startup.announce", lambda config: None)
+    before = [signal.signal(number, lambda number, frame: heard.append(number)) for number in SIGNALS]
+
+    async def start(stopping: bool) -> None:
+        process.stopping = stopping
+        state = SimpleNamespace(vllm_config=SimpleNamespace(shutdown_timeout=1), server=SimpleNamespace(started=True))
+        process.ready(SimpleNamespace(state=state))
+        process.watching.cancel()
+
+    try:
+        asyncio.run(start(stopping=False))
+        assert heard == []
+        asyncio.run(start(stopping=True))
+        assert heard == [signal.SIGTERM]
+    finally:
+        for number, handler in zip(SIGNALS, before, strict=True):
+            signal.signal(number, handler)
