@@ -176,8 +176,7 @@ class FewTokens {
           for (int64_t b = 0; b < end - block; ++b) {
             widen<Isa, kBits>(from + b * sizes_.block_bytes, chunks, wide + b * kWideBytes);
           }
-          multiply_piece<BF16>(end - block, wide, kWideBytes, chunks, bases + chunk * kSlots,
-                               x, sums);
+          multiply_piece<BF16>(end - block, wide, kWideBytes, chunks, bases + chunk * kSlots, x, sums);
           continue;
         }
       }

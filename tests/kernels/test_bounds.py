@@ -49,7 +49,7 @@ def ending_at_a_guard_page(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 @given(
     pattern=st.sampled_from([4, 8, 16, 32]).flatmap(lambda m: st.builds(NMPattern, st.integers(1, m), st.just(m))),
     groups=st.integers(1, 12) | st.integers(13, 300),
-    rows=st.integers(1, 9) | st.integers(40, 60) | st.just(130),
+    rows=st.integers(1, 9) | st.integers(40, 60) | st.sampled_from([130, 400]),
     tokens=st.integers(1, 8) | st.integers(9, 70) | st.integers(120, 300),
     dtypes=st.tuples(st.sampled_from(FLOATS), st.sampled_from(list(CODES)), st.sampled_from(FLOATS)),
     threads=st.integers(1, 2),

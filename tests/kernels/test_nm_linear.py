@@ -77,7 +77,7 @@ def run_on_nan(x: torch.Tensor, weight: NMWeight, bias: torch.Tensor | None, isa
     pattern=PATTERNS,
     # Several blocks of columns of the loops for many tokens, and every tail.
     groups=st.integers(1, 40) | st.integers(41, 330),
-    rows=st.integers(1, 70) | st.sampled_from([128, 150]),
+    rows=st.integers(1, 70) | st.sampled_from([128, 150, 400]),
     tokens=st.integers(0, 9) | st.integers(10, 70) | st.integers(120, 300),
     dtypes=st.tuples(DTYPES, KEPT, DTYPES),
     with_bias=st.booleans(),
