@@ -9,6 +9,8 @@ import io
 import os
 import signal
 import traceback
+import weakref
+from contextlib import suppress
 from multiprocessing import Pipe, popen_spawn_posix, reduction, resource_tracker, spawn, util
 from multiprocessing.context import SpawnContext, SpawnProcess, set_spawning_popen
 from multiprocessing.process import BaseProcess
@@ -35,25 +37,30 @@ class _Waiting:
             self.pid = os.fork()
             if not self.pid:
                 _wait(self, cores, before)
+            # Python 3.12 waits at its end for the resource tracker, that for this process, and this for that end.
+            atexit.register(self.end)
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
             self.told.close()
             os.close(ended)
-        # Python 3.12 waits at its end for the resource tracker, which waits for this process, which waits for that end.
-        atexit.register(self.end)
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)  # raises what a signal raises that came meanwhile
 
     def end(self) -> None:
-        """Of a process that was not told anything; does nothing to one that was."""
-        if not self.tells.closed:
-            self.tells.close()
+        """Of a process that was not told anything."""
+        atexit.unregister(self.end)
+        self.tells.close()
+        with suppress(ChildProcessError):  # where children's ends are ignored, nothing is left of it
             os.waitpid(self.pid, 0)
 
-    def tell(self, message: memoryview) -> None:
-        """Starts it with what it is to run, as ``spawn`` sends it."""
+    def tell(self, message: memoryview) -> bool:
+        """Starts it with what it is to run, as ``spawn`` sends it; False if it has been killed."""
+        try:
+            self.tells.send(dict(os.environ))
+            with open(self.tells.fileno(), "wb", closefd=False) as rest:
+                rest.write(message)
+        except BrokenPipeError:
+            return False
         atexit.unregister(self.end)
-        self.tells.send(dict(os.environ))
-        with open(self.tells.fileno(), "wb", closefd=False) as rest:
-            rest.write(message)
+        return True
 
 
 def _started_with() -> tuple[str | None, str | bytes | None]:
@@ -73,7 +80,10 @@ def _wait(here: _Waiting, cores: set[int], signals: set[int | signal.Signals]) -
         # If this one is killed, nobody else would tell it to end, and it would keep its memory and its cores.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         os.sched_setaffinity(0, cores)  # Intel's OpenMP leaves a forked process one core
-        atexit._clear()  # what was registered for the end of the other one
+        # What was registered for the end of the other one.
+        atexit._clear()
+        weakref.finalize._registry.clear()  # type: ignore[attr-defined]
+        weakref.finalize._registered_with_atexit = False  # type: ignore[attr-defined]
         atexit.register(util._exit_function)  # type: ignore[attr-defined]
         try:
             environment = here.told.recv()
@@ -83,6 +93,7 @@ def _wait(here: _Waiting, cores: set[int], signals: set[int | signal.Signals]) -
         _set_environment(environment)
         code = spawn._main(os.dup(here.told.fileno()), here.told.fileno())
         atexit._run_exitfuncs()
+        util._flush_std_streams()  # type: ignore[attr-defined]
     except BaseException:
         traceback.print_exc()
     finally:
@@ -112,15 +123,15 @@ class _Started(popen_spawn_posix.Popen):
             reduction.dump(process, message)
         finally:
             set_spawning_popen(None)
-        if self._fds or self._waiting.started_with != _started_with():
-            # Only a new process can be given files that are open here, other libraries, or what vLLM starts it with.
+        # Only a new process can be given files that are open here, other libraries, or what vLLM starts it with.
+        new = bool(self._fds) or self._waiting.started_with != _started_with()
+        if new or not self._waiting.tell(message.getbuffer()):
             self._waiting.end()
             self._fds = []
             super()._launch(process)  # type: ignore[misc]
             return
         self.pid, self.sentinel = self._waiting.pid, self._waiting.sentinel
         self.finalizer = util.Finalize(self, os.close, (self.sentinel,))
-        self._waiting.tell(message.getbuffer())
 
 
 class _Process(SpawnProcess):

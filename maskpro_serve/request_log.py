@@ -11,7 +11,6 @@ import uuid
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from logging.handlers import WatchedFileHandler
-from pathlib import Path
 
 from maskpro_serve.lifecycle import READY_PATH, STREAM_ERRORS, App, Message, Receive, Scope, Send
 from maskpro_serve.metrics import REQUESTS
@@ -168,11 +167,11 @@ def open_log() -> logging.Logger:
             handler = logging.NullHandler()
         elif target:
             try:
-                Path(target).open("a").close()
+                handler = WatchedFileHandler(target)
             except OSError as error:
                 raise ValueError(f"{FILE_VARIABLE}={target}: {error.strerror}") from error
-            # Opened with the first record: the engine is forked before, and would hold it after it was rotated away.
-            handler = WatchedFileHandler(target, delay=True)
+            # A forked engine would hold the file when it has long been rotated away.
+            os.register_at_fork(after_in_child=handler.close)
         else:
             # A stream of its own: vLLM may put a prefix before what sys.stdout writes.
             handler = logging.StreamHandler(os.fdopen(os.dup(1), "w", buffering=1))

@@ -14,7 +14,8 @@
 // Activations are read through indices there, ten loads for eight FMAs, which dense products need not: of two loads and
 // two FMAs a cycle, 2:4 is at most 1.6 times as fast as a dense float32 product.
 // AVX512_BF16 does two products in an FMA's time, for dense as for sparse; there a pair costs a permutation as well. On a
-// Zen 5 core both take 1.5 times as long as products alone, so that 2:4 is at most 1.34 times as fast as dense bfloat16.
+// Zen 5 core product and permutation take 1.5 times as long as the product alone, so that for many tokens 2:4 is at most
+// 1.34 times as fast as a dense bfloat16 product at its peak.
 // AMX multiplies tiles, zeros included: 2:4 costs what dense costs, and what expanding it takes.
 //
 // A result does not depend on the number of threads, nor on the other tokens of the call but for how many they are: few

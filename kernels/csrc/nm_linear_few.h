@@ -1,7 +1,7 @@
 // nm_linear for few tokens, bound by the bytes of the weight: a lane is an output, a block of the weight one stream.
 //
-//   for every block of sixteen rows, or some of them, that this thread takes (shares.h)
-//     for every piece of it that stays in L1, for every tile of tokens, for every block: multiply_block
+//   for every block of sixteen rows, or of pairs and many tokens for some of them, that this thread takes (shares.h)
+//     for every piece of it, for every tile of tokens, for every block: multiply_block
 //     scale, add the bias, round, store
 #ifndef MASKPRO_NM_LINEAR_FEW_H_
 #define MASKPRO_NM_LINEAR_FEW_H_
@@ -22,12 +22,16 @@
 
 namespace maskpro {
 
-// Chunks that several tiles of tokens read in turn: with their activations, they stay in L1 (2:4 bfloat16: 7 KiB).
+// Chunks that several tiles of tokens read in turn: those of one block stay in L1 with a tile's activations (2:4
+// bfloat16: 7 KiB and, of 16 tokens, 12).
 constexpr int64_t kPieceChunks = 12;
 
-// Blocks of rows that meet a tile's activations while those are in L1, where there are so many tiles that these would
-// come from L2 each time. Of 4, 6, 8 and 12 the fastest for 128 tokens and more on a Zen 5 core.
+// Blocks of rows that meet a tile's activations while those are in L1; one after the other, where there are many tiles,
+// they would fetch them from L2 each time. Of 4, 6, 8 and 12 the fastest for 128 tokens and more on a Zen 5 core.
 constexpr int64_t kMostTogether = 12;
+
+// Times a thread takes blocks, at least: so that others can take from it what is left.
+constexpr int64_t kLeastTakes = 4;
 
 // sums[t][row] += rows . x[t] over some chunks of a block. All tokens use a weight once it is in registers; every
 // group of activations is loaded once for sixteen rows.
@@ -85,7 +89,7 @@ class FewTokens {
       : call_(call), sizes_(call.in_features, call.out_features, call.n, call.m, call.weight_dtype) {}
 
   int32_t operator()() {
-    const int64_t slots = sizes_.chunks * kSlots;
+    const int64_t slots = (sizes_.chunks * kSlots + 15) / 16 * 16;  // what comes after begins with a cache line
     const int64_t x_floats = kConvert ? call_.tokens * x_stride() * sizeof(Element) / sizeof(float) : 0;
     const int64_t together = blocks_together();
     const int64_t sums_floats = together * call_.tokens * kBlockRows;
@@ -102,7 +106,7 @@ class FewTokens {
       float* sums = scratch + slots + x_floats + thread * thread_floats;
       uint8_t* wide = reinterpret_cast<uint8_t*>(sums + sums_floats);
       for (int64_t block, end; shares.take(thread, together, &block, &end);) {
-        memset(sums, 0, static_cast<size_t>(sums_floats) * sizeof(float));
+        memset(sums, 0, static_cast<size_t>((end - block) * call_.tokens * kBlockRows) * sizeof(float));
         multiply(block, end, bases, x, sums, wide);
         for (int64_t b = block; b < end; ++b) {
           const BlockOutputs<Isa, Act> outputs(call_, b);
@@ -135,10 +139,10 @@ class FewTokens {
 
   // Of how many blocks a thread takes the rows at once; all threads take as many.
   int64_t blocks_together() const {
-    if (!many_tiles()) return 1;
+    if (!Isa::kPairs || !many_tiles()) return 1;
     const int64_t share = (sizes_.blocks + call_.threads - 1) / call_.threads;
-    const int64_t groups = (share + kMostTogether - 1) / kMostTogether;
-    return (share + groups - 1) / groups;
+    const int64_t takes = std::max((share + kMostTogether - 1) / kMostTogether, std::min(share, kLeastTakes));
+    return (share + takes - 1) / takes;
   }
 
   // Whether integers become pairs of bfloat16 once for all tiles, rather than for each.

@@ -35,8 +35,9 @@ def fail():
     raise RuntimeError("it went wrong")
 
 def leave_a_note(path):
-    import atexit
+    import atexit, weakref
     atexit.register(Path(path).write_text, "left")
+    weakref.finalize(sys, print, "finalized")
 
 def sleep(path):
     say(path)
@@ -59,10 +60,10 @@ if __name__ == "__main__":
 """
 
 
-def run(folder, body):
+def run(folder, body, before=SCRIPT):
     """What the rest of the script prints, and its errors."""
     script = folder / "script.py"
-    script.write_text(SCRIPT + "".join(f"    {line}\n" for line in body.strip().splitlines()))
+    script.write_text(before + "".join(f"    {line}\n" for line in body.strip().splitlines()))
     environment = {**os.environ, "PYTHONPATH": str(folder)}
     finished = subprocess.run(
         [sys.executable, script, folder], capture_output=True, text=True, timeout=60, env=environment, check=True
@@ -115,6 +116,7 @@ def test_its_end_is_seen(tmp_path, start, code, error):
 process = context.Process({start})
 process.start()
 assert connection.wait([process.sentinel], 30)
+process.join(30)
 print(process.exitcode)
 """
     out, errors = run(tmp_path, body)
@@ -147,17 +149,32 @@ def test_it_ends_with_this_process_if_it_was_never_needed(tmp_path):
 
 
 def test_it_cleans_up_at_its_end_but_not_for_the_other(tmp_path):
+    before = SCRIPT.replace("import fractions", "import weakref, fractions")
+    made = "    context = ForkedContext()"
+    before = before.replace(made, "    weakref.finalize(sys, print, 'ours')\n" + made)
     body = """
-import atexit
 process = context.Process(target=leave_a_note, args=(folder / "note",))
-atexit.register(lambda: print("ours"))
 process.start()
 process.join()
 print(process.exitcode)
 """
-    out, errors = run(tmp_path, body)
-    assert (out, errors) == (["0", "ours"], "")
+    out, errors = run(tmp_path, body, before)
+    assert (out, errors) == (["finalized", "0", "ours"], "")
     assert (tmp_path / "note").read_text() == "left"
+
+
+def test_one_that_was_killed_is_spawned(tmp_path):
+    body = """
+os.kill(waiting, 9)
+while "State:\\tZ" not in Path(f"/proc/{waiting}/status").read_text():
+    time.sleep(0.01)
+process = context.Process(target=say, args=(folder / "said",))
+process.start()
+process.join()
+print(process.exitcode, process.pid != waiting)
+"""
+    assert run(tmp_path, body) == (["0", "True"], "")
+    assert said(tmp_path, "said")["imported"] is False
 
 
 @pytest.mark.parametrize("change", ["os.environ['LD_PRELOAD'] = ''", "context.set_executable(folder / 'python')"])
