@@ -45,12 +45,17 @@ template <class Isa, class Weight, int kBits, int kTokens>
                                       int64_t x_stride, float* sums, int64_t ahead) {
   constexpr int kVectors = Isa::kVectors;
   constexpr int kSlots = chunk_slots(kBits);
+  constexpr int kParts = Isa::kUnrollSlots ? parts(kTokens * kVectors) : 1;
   using Vec = typename Isa::Vec;
-  Vec acc[kTokens][kVectors];
+  Vec acc[kParts][kTokens][kVectors];
 #pragma GCC unroll 8
   for (int t = 0; t < kTokens; ++t) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) acc[t][v] = Isa::load(sums + t * kBlockRows + v * Isa::kLanes);
+    for (int v = 0; v < kVectors; ++v) {
+      acc[0][t][v] = Isa::load(sums + t * kBlockRows + v * Isa::kLanes);
+#pragma GCC unroll 4
+      for (int k = 1; k < kParts; ++k) acc[k][t][v] = Isa::zero();
+    }
   }
   for (int64_t c = 0; c < chunks; ++c) {
     typename Isa::Indices indices[kVectors] = {};
@@ -64,11 +69,12 @@ template <class Isa, class Weight, int kBits, int kTokens>
       Isa::load_slot(values, j, w);
       prefetch(values, j, ahead);
       const float* group = x + bases[j];
+      Vec(&its)[kTokens][kVectors] = acc[j % kParts];
 #pragma GCC unroll 8
       for (int t = 0; t < kTokens; ++t) {
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) {
-          acc[t][v] = Isa::fma(w[v], Isa::template pick<kBits>(group + t * x_stride, indices[v], j), acc[t][v]);
+          its[t][v] = Isa::fma(w[v], Isa::template pick<kBits>(group + t * x_stride, indices[v], j), its[t][v]);
         }
       }
     });
@@ -78,7 +84,11 @@ template <class Isa, class Weight, int kBits, int kTokens>
 #pragma GCC unroll 8
   for (int t = 0; t < kTokens; ++t) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) Isa::store(sums + t * kBlockRows + v * Isa::kLanes, acc[t][v]);
+    for (int v = 0; v < kVectors; ++v) {
+#pragma GCC unroll 4
+      for (int k = 1; k < kParts; ++k) acc[0][t][v] = Isa::add(acc[0][t][v], acc[k][t][v]);
+      Isa::store(sums + t * kBlockRows + v * Isa::kLanes, acc[0][t][v]);
+    }
   }
 }
 
