@@ -1,15 +1,18 @@
-"""Read bandwidth of the memory, as the fastest of a few reductions over a buffer too large for the caches."""
+"""Read bandwidth of the memory: the fastest of a few reductions, over a buffer too large for the caches."""
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 _ROW = 4096
+_READ_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -21,29 +24,39 @@ class Bandwidth:
     buffer_bytes: int
 
     def __str__(self) -> str:
-        return f"{self.gb_per_s:.1f} GB/s read by {self.method} over {self.buffer_bytes / 1e9:.2f} GB"
+        return f"{self.gb_per_s:.1f} GB/s by {self.method} over {self.buffer_bytes / 1e9:.2f} GB"
 
 
-def read_bandwidth(buffer_bytes: int, rounds: int = 7) -> Bandwidth:
-    """Reads ``buffer_bytes`` with every thread torch has, a few ways in turn, and keeps the best median.
+@dataclass(frozen=True)
+class Reader:
+    """``read()`` reads the next ``bytes_read`` of a buffer with every thread torch has."""
 
-    No single reduction is the fastest on every machine: `sum` is torch's own loop, `dot` and `mv` are
-    MKL's or OpenBLAS's, and which of them threads and prefetches well differs.
+    method: str
+    bytes_read: int
+    read: Callable[[], object]
+
+
+def fastest_reader(buffer_bytes: int, rounds: int = 7) -> Reader:
+    """Walks through ``buffer_bytes``, at most 64 MiB at a time, in the way that is fastest here.
+
+    No single reduction is that on every machine: `sum` is torch's own loop, `dot` and `mv` are MKL's or OpenBLAS's,
+    and which of them threads and prefetches well differs. The memory's pace changes while a benchmark runs, so what it
+    is compared with has to be read in its turn.
     """
-    rows = max(buffer_bytes // 4 // _ROW, 2) // 2 * 2
-    buffer = torch.ones(rows, _ROW)
-    flat, vector = buffer.view(-1), torch.ones(_ROW)
-    half = flat.numel() // 2
-    methods: dict[str, Callable[[], object]] = {
-        "torch.sum": flat.sum,
-        "torch.dot": lambda: torch.dot(flat[:half], flat[half:]),
-        "torch.mv": lambda: torch.mv(buffer, vector),
+    rows = max(min(buffer_bytes, _READ_BYTES) // 4 // _ROW, 2) // 2 * 2
+    parts = [torch.ones(rows, _ROW) for _ in range(max(buffer_bytes // (rows * _ROW * 4), 1))]
+    vector = torch.ones(_ROW)
+    methods: dict[str, Callable[[Tensor], object]] = {
+        "torch.sum": torch.sum,
+        "torch.dot": lambda part: torch.dot(*part.view(2, -1)),
+        "torch.mv": lambda part: torch.mv(part, vector),
     }
+    following: Iterator[Tensor] = itertools.cycle(parts)
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     for _ in range(rounds):
         for name, method in methods.items():
             start = time.perf_counter()
-            method()
+            method(next(following))
             seconds[name].append(time.perf_counter() - start)
     best = min(seconds, key=lambda name: statistics.median(seconds[name]))
-    return Bandwidth(buffer.nbytes / statistics.median(seconds[best]) / 1e9, best, buffer.nbytes)
+    return Reader(best, parts[0].nbytes, lambda: methods[best](next(following)))

@@ -3,24 +3,27 @@
     python kernels/bench/nm_linear.py --tokens 1 8 64 --shapes 4096x4096 --patterns 2:4 4:8 --json result.json
 
 Every way to multiply is first checked against the float64 reference, then timed A B C A B C. A ratio is one
-of medians of the same run. GB/s counts the bytes of the weight as the kernel reads it, so it is near the bandwidth
-above the table where reading weights is what takes the time; "of peak" is the rate of a dense product of that size
-as a share of the fastest torch float32 product on this machine, and may pass 1: what is not kept is not multiplied.
+of medians of the same run. GB/s counts the bytes of the weight as the kernel reads it, and "of read" is its share of
+what the fastest reduction reads, timed in the same turns; it is near 1 where reading weights is what takes the time.
+"of peak" is the rate of a dense product of that size as a share of the fastest torch float32 product on this machine,
+and may pass 1: what is not kept is not multiplied.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from bandwidth import Bandwidth, read_bandwidth
+from bandwidth import Reader, fastest_reader
 from machine import Machine, this_machine, with_large_pages
 from rivals import OURS, OURS_DENSE, Rival, check, rivals
 
@@ -28,6 +31,7 @@ from maskpro_kernels import NMPattern
 from maskpro_kernels.support import select_backend
 
 DENSE_F32 = "torch float32"
+READ = "read"
 HOPELESS = 10.0
 """A rival that takes this many times the fastest one's time is not timed again: it cannot be the best."""
 
@@ -44,7 +48,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Row:
-    """One shape at one number of tokens. ``timings`` holds the rivals that were not hopeless."""
+    """One shape at one number of tokens. ``timings`` holds the rivals that were not hopeless, and the reading."""
 
     shape: tuple[int, int]
     pattern: str
@@ -53,6 +57,7 @@ class Row:
     tokens: int
     weight_bytes: int
     gb_per_s: float
+    read_gb_per_s: float
     share_of_bandwidth: float
     share_of_peak: float
     speedup_over_torch_f32: float
@@ -62,23 +67,26 @@ class Row:
     timings: dict[str, Timing]
 
 
-def measure(found: list[Rival], x: torch.Tensor, seconds: float) -> dict[str, Timing]:
-    """Times every rival in turn, for about ``seconds`` in all and at least five rounds."""
+def measure(found: list[Rival], x: torch.Tensor, reader: Reader, seconds: float) -> dict[str, Timing]:
+    """Times every rival and the reader in turn, for about ``seconds`` in all and at least five rounds."""
     inputs = {rival.name: x.to(rival.dtype) for rival in found}
-    first = {rival.name: min(_time(rival, inputs[rival.name]) for _ in range(2)) for rival in found}
+    runs = {rival.name: functools.partial(rival.run, inputs[rival.name]) for rival in found}
+    first = {name: min(_time(run) for _ in range(2)) for name, run in runs.items()}
     limit = HOPELESS * min(first.values())
-    timed = [rival for rival in found if first[rival.name] <= limit or rival.name in (OURS, DENSE_F32)]
-    rounds = max(5, min(101, int(seconds / sum(first[rival.name] for rival in timed))))
-    samples: dict[str, list[float]] = {rival.name: [] for rival in timed}
+    timed = {name: run for name, run in runs.items() if first[name] <= limit or name in (OURS, DENSE_F32)}
+    timed[READ] = reader.read
+    first[READ] = _time(reader.read)
+    rounds = max(5, min(101, int(seconds / sum(first[name] for name in timed))))
+    samples: dict[str, list[float]] = {name: [] for name in timed}
     for _ in range(rounds):
-        for rival in timed:
-            samples[rival.name].append(_time(rival, inputs[rival.name]))
+        for name, run in timed.items():
+            samples[name].append(_time(run))
     return {name: _summary(times) for name, times in samples.items()}
 
 
-def _time(rival: Rival, x: torch.Tensor) -> float:
+def _time(run: Callable[[], object]) -> float:
     start = time.perf_counter()
-    rival.run(x)
+    run()
     return time.perf_counter() - start
 
 
@@ -100,10 +108,11 @@ def peak_flops() -> float:
 
 def row(
     shape: tuple[int, int], pattern: NMPattern, weights: str, activations: str, tokens: int, nbytes: int,
-    timings: dict[str, Timing], bandwidth: Bandwidth, peak: float,
+    timings: dict[str, Timing], reader: Reader, peak: float,
 ) -> Row:  # fmt: skip
     ours = timings[OURS].median
-    torchs = [name for name in timings if name not in (OURS, OURS_DENSE)]
+    read = reader.bytes_read / timings[READ].median
+    torchs = [name for name in timings if name not in (OURS, OURS_DENSE, READ)]
     best = min(torchs, key=lambda name: timings[name].median)
     return Row(
         shape=shape,
@@ -113,7 +122,8 @@ def row(
         tokens=tokens,
         weight_bytes=nbytes,
         gb_per_s=nbytes / ours / 1e9,
-        share_of_bandwidth=nbytes / ours / 1e9 / bandwidth.gb_per_s,
+        read_gb_per_s=read / 1e9,
+        share_of_bandwidth=nbytes / ours / read,
         share_of_peak=2 * tokens * shape[0] * shape[1] / ours / peak,
         speedup_over_torch_f32=timings[DENSE_F32].median / ours,
         speedup_over_best_dense=timings[best].median / ours,
@@ -172,13 +182,14 @@ def main() -> None:
     weights: torch.dtype = getattr(torch, arguments.weights)
     activations: torch.dtype = getattr(torch, arguments.activations)
     size = set_bytes(machine)
-    bandwidth = read_bandwidth(size)
+    reader = fastest_reader(size)
     peak = peak_flops()
     kernel = select_backend(arguments.patterns[0], activations, weights, "cpu").name
-    print(machine, bandwidth, f"torch float32 product: {peak / 1e9:.0f} GFLOP/s", sep="\n")
+    print(machine, f"torch float32 product: {peak / 1e9:.0f} GFLOP/s", sep="\n")
     print(
         f"{kernel}, {arguments.weights}, {arguments.activations} activations; every rival walks through copies of its "
-        f"weight that fill {size / 1e9:.2f} GB, {size / machine.last_level_cache:.1f} x the cache\n"
+        f"weight that fill {size / 1e9:.2f} GB, {size / machine.last_level_cache:.1f} x the cache; "
+        f"{reader.method} is the fastest to read\n"
     )
     print(HEADER)
     generator = torch.Generator().manual_seed(0)
@@ -190,16 +201,16 @@ def main() -> None:
             for rival in found:
                 check(rival, x[:8], weight)
             check(found[0], x, weight)
-            timings = measure(found, x, arguments.seconds)
+            timings = measure(found, x, reader, arguments.seconds)
             nbytes = found[0].weight_bytes
             kind = (rows, columns), pattern, arguments.weights, arguments.activations
-            results.append(row(*kind, tokens, nbytes, timings, bandwidth, peak))
+            results.append(row(*kind, tokens, nbytes, timings, reader, peak))
             print(line(results[-1]), flush=True)
     if arguments.json:
         report = {
             "command": sys.argv,
             "machine": asdict(machine),
-            "bandwidth": asdict(bandwidth),
+            "read_method": reader.method,
             "peak_flops": peak,
             "kernel": kernel,
             "set_bytes": size,
