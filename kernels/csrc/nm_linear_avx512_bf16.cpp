@@ -13,6 +13,7 @@ int32_t run_pass(const NMLinear& call) {
     case 0:
       return FewTokens<Avx512BF16, Weight, BF16, 0>(call)();
     case 2:
+      if (call.n % 2 != 0) return FewTokens<Avx512BF16, Weight, BF16, 2, true>(call)();
       return FewTokens<Avx512BF16, Weight, BF16, 2>(call)();
     case 3:
       return FewTokens<Avx512BF16, Weight, BF16, 3>(call)();
@@ -28,8 +29,8 @@ int32_t run_pass(const NMLinear& call) {
 }  // namespace
 
 int32_t nm_linear_avx512_bf16(const NMLinear& call) {
-  // Two kept weights of a row make a pair only where both are of one group.
-  const bool pairs = call.n % 2 == 0 && call.act_dtype == MASKPRO_BF16;
+  // Two kept weights of a row make a pair only where their groups lie in one line.
+  const bool pairs = (call.n % 2 == 0 || call.m < Avx512BF16::kLine) && call.act_dtype == MASKPRO_BF16;
   const bool int8 = call.weight_dtype == MASKPRO_I8;
   if (!pairs || (call.weight_dtype != MASKPRO_BF16 && !int8)) return nm_linear_avx512(call);
   NMLinear pass = call;

@@ -92,7 +92,8 @@ template <class Isa, class Weight, int kBits, int kTokens>
   }
 }
 
-template <class Isa, class Weight, class Act, int kBits>
+// kLines: as multiply_block_of_pairs().
+template <class Isa, class Weight, class Act, int kBits, bool kLines = Isa::kPairs && (kBits > 2)>
 class FewTokens {
  public:
   explicit FewTokens(const NMLinear& call)
@@ -109,6 +110,7 @@ class FewTokens {
     Shares shares(call_.threads, sizes_.blocks, 1);
     int32_t* bases = reinterpret_cast<int32_t*>(scratch);
     write_bases<Isa>(call_, slots, bases);
+    if constexpr (kLines) find_lines<Isa>(slots, bases);
     const Element* x = convert_x(scratch + slots);
 #pragma omp parallel num_threads(call_.threads)
     {
@@ -138,7 +140,7 @@ class FewTokens {
   // Elements between tokens; converted ones are whole vectors.
   int64_t x_stride() const {
     if constexpr (Isa::kPairs) {  // a cache line more, or all tokens would fall into the same L1 sets
-      return (call_.in_features + 31) / 32 * 32 + Isa::kReadAhead;
+      return (call_.in_features + Isa::kLine - 1) / Isa::kLine * Isa::kLine + Isa::kLine;
     }
     return kConvert ? (call_.in_features + Isa::kLanes - 1) / Isa::kLanes * Isa::kLanes : call_.in_features;
   }
@@ -219,7 +221,7 @@ class FewTokens {
       if (tokens < kTokens) return multiply_some<Stored, kTokens - 1>(tokens, chunk, chunks, bases, x, sums, ahead);
     }
     if constexpr (Isa::kPairs) {
-      multiply_block_of_pairs<Isa, Stored, kBits, kTokens>(chunk, chunks, bases, x, x_stride(), sums, ahead);
+      multiply_block_of_pairs<Isa, Stored, kBits, kTokens, kLines>(chunk, chunks, bases, x, x_stride(), sums, ahead);
     } else {
       multiply_block<Isa, Stored, kBits, kTokens>(chunk, chunks, bases, x, x_stride(), sums, ahead);
     }

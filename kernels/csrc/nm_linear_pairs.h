@@ -16,10 +16,23 @@ namespace maskpro {
 // the memory of a Zen 5 core sends a slot of int8 in less.
 constexpr int parts(int sums) { return sums <= 2 ? 4 : sums <= 4 ? 2 : 1; }
 
-// multiply_block() of pairs of slots, each of one group: n is even, or every column is kept.
+// Turns the first columns of slots' groups into what multiply_block_of_pairs() reads with kLines: of each pair of slots
+// the first column of the line of Isa::kLine in which both groups lie, and the groups' within it, 16 bits each.
+template <class Isa>
+inline void find_lines(int64_t slots, int32_t* bases) {
+  for (int64_t slot = 0; slot < slots; slot += 2) {
+    const int32_t line = bases[slot] / Isa::kLine * Isa::kLine;
+    bases[slot + 1] = (bases[slot + 1] - line) << 16 | (bases[slot] - line);
+    bases[slot] = line;
+  }
+}
+
+// multiply_block() of pairs of slots. Without kLines both are of one group, of four or of all columns; with it their groups
+// may be two, neighbours of up to sixteen or one of any size: a line holds a whole number of pairs.
 //
-//   x  [kTokens, in_features], rows x_stride apart; Isa::kReadAhead activations from a group's first on may be read
-template <class Isa, class Weight, int kBits, int kTokens>
+//   bases  the first column of each slot's group, or what find_lines() makes of them
+//   x      [kTokens, in_features], rows x_stride apart; with kLines aligned to whole lines, which are read
+template <class Isa, class Weight, int kBits, int kTokens, bool kLines>
 [[gnu::noinline]] void multiply_block_of_pairs(const uint8_t* chunk, int64_t chunks, const int32_t* bases,
                                                const BF16* x, int64_t x_stride, float* sums,
                                                int64_t ahead) {
@@ -44,12 +57,21 @@ template <class Isa, class Weight, int kBits, int kTokens>
     for (int pair = 0; pair < kSlots / 2; ++pair) {
       const auto w = Isa::load_pairs(values + 2 * pair * kBlockRows);
       prefetch(values, 2 * pair, ahead);
-      const auto places = Isa::template places<kBits>(indices[0], pair);
-      const BF16* group = x + bases[2 * pair];
+      const BF16* first = x + bases[2 * pair];
+      if constexpr (kLines) {
+        const auto places = Isa::template places_in_line<kBits>(indices[0], pair, bases[2 * pair + 1]);
 #pragma GCC unroll 16
-      for (int t = 0; t < kTokens; ++t) {
-        Vec& sum = acc[pair % kParts][t];
-        sum = Isa::dot(w, Isa::template pick_pairs<kBits>(group + t * x_stride, places), sum);
+        for (int t = 0; t < kTokens; ++t) {
+          Vec& sum = acc[pair % kParts][t];
+          sum = Isa::dot(w, Isa::pick_of_line(first + t * x_stride, places), sum);
+        }
+      } else {
+        const auto places = Isa::template places<kBits>(indices[0], pair);
+#pragma GCC unroll 16
+        for (int t = 0; t < kTokens; ++t) {
+          Vec& sum = acc[pair % kParts][t];
+          sum = Isa::dot(w, Isa::template pick_of_group<kBits>(first + t * x_stride, places), sum);
+        }
       }
     }
     chunk += chunk_bytes(kBits, sizeof(Weight));

@@ -29,33 +29,44 @@ struct Avx512BF16 : Avx512 {
     return (__m512bh)_mm512_or_si512(_mm512_srli_epi32(first, 16), second);
   }
 
-  // Where a group's own two of each lane lie: of the slots 2 * pair and 2 * pair + 1 of its row.
+  // The indices of the slots 2 * pair and 2 * pair + 1 of each lane's row, and other bits above them.
   template <int kBits>
   static __m512i places(Indices indices, int pair) {
     const unsigned shift = static_cast<unsigned>(2 * pair * kBits);
     const __m512i first = _mm512_srli_epi32(indices, shift);
     const __m512i second = shift + kBits < 16 ? _mm512_slli_epi32(indices, 16 - shift - kBits)
                                               : _mm512_srli_epi32(indices, shift + kBits - 16);
-    const __m512i both = _mm512_mask_blend_epi16(0xaaaaaaaa, first, second);
-    if constexpr (kBits == 2 || kBits == 5) return both;  // pick_pairs() ignores the bits above an index
-    return _mm512_and_si512(both, _mm512_set1_epi16((1 << kBits) - 1));
+    return _mm512_mask_blend_epi16(0xaaaaaaaa, first, second);
   }
 
-  // Each lane's own two of a group's activations; reads kReadAhead of them.
+  // The same within a line, whose columns `firsts` begin the groups of the two slots: 16 bits each.
   template <int kBits>
-  static Pairs pick_pairs(const BF16* group, __m512i places) {
+  static __m512i places_in_line(Indices indices, int pair, int32_t firsts) {
+    constexpr int kAndThenOr = 0xea;
+    return _mm512_ternarylogic_epi32(places<kBits>(indices, pair), _mm512_set1_epi16((1 << kBits) - 1),
+                                     _mm512_set1_epi32(firsts), kAndThenOr);
+  }
+
+  // Each lane's own two of a line of activations. (To broadcast a group of eight or sixteen takes the unit that
+  // permutes, and a group's own 64 bytes lie in two cache lines.)
+  static Pairs pick_of_line(const BF16* line, __m512i places) {
+    return (__m512bh)_mm512_permutexvar_epi16(places, _mm512_loadu_si512(line));
+  }
+  static constexpr int64_t kLine = 32;
+
+  // Each lane's own two of a group of four, or the two that all lanes share.
+  template <int kBits>
+  static Pairs pick_of_group(const BF16* group, __m512i places) {
     if constexpr (kBits == 0) {
       int32_t pair;
       memcpy(&pair, group, sizeof pair);
       return (__m512bh)_mm512_set1_epi32(pair);
-    } else if constexpr (kBits == 2) {
-      const __m128i four = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(group));
-      return (__m512bh)_mm512_permutexvar_epi16(places, _mm512_broadcastq_epi64(four));
     } else {
-      return (__m512bh)_mm512_permutexvar_epi16(places, _mm512_loadu_si512(group));
+      static_assert(kBits == 2);
+      const __m128i four = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(group));
+      return (__m512bh)_mm512_permutexvar_epi16(places, _mm512_broadcastq_epi64(four));  // ignores the bits above
     }
   }
-  static constexpr int64_t kReadAhead = 32;
 
  private:
   static __m512i bits_of(const int8_t* p) {
