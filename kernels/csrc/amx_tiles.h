@@ -6,12 +6,10 @@
 #include <immintrin.h>
 #include <stdint.h>
 
+#include "decode_tiles.h"
+
 namespace maskpro {
 namespace {
-
-constexpr int kTileRowBytes = 64;
-constexpr int kTileSteps = 32;  // columns of a weight that one product of bfloat16 takes
-constexpr int64_t kWeightTileBytes = 16 * kTileRowBytes;
 
 // The first `rest` of 32 columns, or all if there are more.
 inline __mmask32 first_columns(int64_t rest) { return rest >= 32 ? ~__mmask32{0} : (__mmask32{1} << rest) - 1; }

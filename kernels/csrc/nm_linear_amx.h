@@ -8,7 +8,7 @@
 //         for every pair of blocks, for every pair of tiles of tokens: multiply_tiles
 //       scale, add the bias, round, store
 //
-// The first pair of tiles of tokens decodes the weights that it multiplies (amx_decode.h), a step ahead: the units that
+// The first pair of tiles of tokens decodes the weights that it multiplies (decode_tiles.h), a step ahead: the units that
 // shuffle and those that multiply tiles work at once. Dense bfloat16 is multiplied where it lies.
 #ifndef MASKPRO_NM_LINEAR_AMX_H_
 #define MASKPRO_NM_LINEAR_AMX_H_
@@ -16,8 +16,8 @@
 #include <immintrin.h>
 #include <omp.h>
 
-#include "amx_decode.h"
 #include "amx_tiles.h"
+#include "decode_tiles.h"
 #include "elements.h"
 #include "interleaved.h"
 #include "maskpro_kernels.h"

@@ -19,8 +19,8 @@
 #include <omp.h>
 #include <string.h>
 
-#include "amx_decode.h"
 #include "amx_tiles.h"
+#include "decode_tiles.h"
 #include "elements.h"
 #include "interleaved.h"
 #include "maskpro_kernels.h"

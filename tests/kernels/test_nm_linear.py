@@ -216,7 +216,8 @@ def test_int8_values_come_with_a_scale():
 
 @pytest.mark.parametrize("kept", [torch.bfloat16, torch.int8], ids=str)
 @pytest.mark.parametrize(
-    "pattern", ["1:4", "2:4", "3:4", "4:4", "2:8", "3:8", "4:8", "6:8", "5:16", "8:16", "7:32", "16:32"]
+    "pattern",
+    ["1:4", "2:4", "3:4", "4:4", "2:8", "3:8", "4:8", "5:8", "6:8", "5:16", "8:16", "13:16", "7:32", "16:32", "25:32"],
 )
 def test_every_way_to_expand_a_weight(isa, pattern, kept):
     """Instruction sets that multiply pairs or tiles have code for single patterns, which random ones seldom meet."""
@@ -225,6 +226,7 @@ def test_every_way_to_expand_a_weight(isa, pattern, kept):
     bias = torch.randn(70).half()
     for tokens, columns, threads in (
         (1, short, 7), (5, wide, 3), (13, short, 1), (29, short, 2), (29, wide, 2), (33, wide, 3), (257, wide, 2),
+        (67, short, 3), (519, short, 2),
     ):  # fmt: skip
         weight = packed(torch.randn((70, columns)), nm, kept)
         x = torch.randn((tokens, columns)).bfloat16()

@@ -1,23 +1,28 @@
-// Expands a packed weight to tiles of bfloat16, [16 pairs of columns][16 rows][2]: AMX has no product that skips zeros.
+// Expands a packed weight to tiles of bfloat16, [16 pairs of columns][16 rows][2]: for what multiplies pairs, or tiles of them
+// (AMX), zeros included.
 //
 // A decoder writes the tile of one step, the 32 columns from 32 * step on, of a block of rows. Columns past the
-// weight's last are zeros. One that is kInPlace says where a tile lies, and writes only what is none. Up to its
+// weight's last are zeros. One that is kInPlace says where a tile lies, and writes only what is none. With AMX, up to its
 // kFewTokens, measured, vectors are faster than tiles; mostly for more of them where values are int8, which take longer to
 // expand than to read.
-#ifndef MASKPRO_AMX_DECODE_H_
-#define MASKPRO_AMX_DECODE_H_
+#ifndef MASKPRO_DECODE_TILES_H_
+#define MASKPRO_DECODE_TILES_H_
 
 #include <immintrin.h>
 #include <stdint.h>
 
-#include "amx_tiles.h"
 #include "interleaved.h"
+#include "maskpro_kernels.h"
 #include "nm_linear.h"
 #include "prefetch.h"
 #include "vector_avx512_bf16.h"
 
 namespace maskpro {
-namespace {
+namespace {  // every file that includes it is compiled with flags of its own
+
+constexpr int kTileRowBytes = 64;
+constexpr int kTileSteps = 32;  // columns of a weight in a tile
+constexpr int64_t kWeightTileBytes = 16 * kTileRowBytes;
 
 // Where each lane's own four bytes begin, within the 16 that a shuffle of bytes chooses from.
 inline __m512i lanes() { return _mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0); }
@@ -320,7 +325,33 @@ class DecodeDense {
   const int64_t pairs_;  // in a block, a chunk of zeros filled up
 };
 
+// Calls `use` with a null pointer of the decoder of a call's pattern.
+template <class Weight, class Use>
+inline int32_t with_decoder(const NMLinear& call, const Use& use) {
+  const auto is = [&](int32_t n, int32_t m) { return call.n == n && call.m == m; };
+  if (is(1, 4)) return use(static_cast<DecodeOfFour<Weight, 1>*>(nullptr));
+  if (is(2, 4)) return use(static_cast<DecodeOfFour<Weight, 2>*>(nullptr));
+  if (is(3, 4)) return use(static_cast<DecodeThreeOfFour<Weight>*>(nullptr));
+  if (is(2, 8)) return use(static_cast<DecodeEven<Weight, 2, 8>*>(nullptr));
+  if (is(4, 8)) return use(static_cast<DecodeEven<Weight, 4, 8>*>(nullptr));
+  if (is(6, 8)) return use(static_cast<DecodeEven<Weight, 6, 8>*>(nullptr));
+  if (is(8, 16)) return use(static_cast<DecodeEven<Weight, 8, 16>*>(nullptr));
+  if (is(16, 32)) return use(static_cast<DecodeEven<Weight, 16, 32>*>(nullptr));
+  switch (index_bits(call.n, call.m)) {
+    case 0:
+      return use(static_cast<DecodeDense<Weight>*>(nullptr));
+    case 3:
+      return use(static_cast<DecodeAny<Weight, 3>*>(nullptr));
+    case 4:
+      return use(static_cast<DecodeAny<Weight, 4>*>(nullptr));
+    case 5:
+      return use(static_cast<DecodeAny<Weight, 5>*>(nullptr));
+    default:
+      return MASKPRO_BAD_ARGUMENT;
+  }
+}
+
 }  // namespace
 }  // namespace maskpro
 
-#endif  // MASKPRO_AMX_DECODE_H_
+#endif  // MASKPRO_DECODE_TILES_H_
