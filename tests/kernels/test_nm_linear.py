@@ -226,7 +226,7 @@ def test_every_way_to_expand_a_weight(isa, pattern, kept):
     bias = torch.randn(70).half()
     for tokens, columns, threads in (
         (1, short, 7), (5, wide, 3), (13, short, 1), (29, short, 2), (29, wide, 2), (33, wide, 3), (257, wide, 2),
-        (67, short, 3), (519, short, 2),
+        (67, 2080, 3), (519, short, 2),
     ):  # fmt: skip
         weight = packed(torch.randn((70, columns)), nm, kept)
         x = torch.randn((tokens, columns)).bfloat16()
