@@ -12,7 +12,7 @@ constexpr int64_t kPassTokensOfPairs = 128;
 
 // With more tokens, permuting activations takes longer than multiplying by zeros, where more than five of eight are kept.
 // What makes no pairs is multiplied as float32, where more than two of eight take longer.
-constexpr int64_t kFewestExpanded = 64;
+constexpr int64_t kFewestExpanded = 48;
 
 template <class Weight>
 int32_t run_pass(const NMLinear& call) {
