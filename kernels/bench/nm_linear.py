@@ -2,11 +2,11 @@
 
     python kernels/bench/nm_linear.py --tokens 1 8 64 --shapes 4096x4096 --patterns 2:4 4:8 --json result.json
 
-Every way to multiply is first checked against the float64 reference, then timed A B C A B C. A ratio is one
-of medians of the same run. GB/s counts the bytes of the weight as the kernel reads it, and "of read" is its share of
-what the fastest reduction reads, timed in the same turns; it is near 1 where reading weights is what takes the time.
-"of peak" is the rate of a dense product of that size as a share of the fastest torch float32 product on this machine,
-and may pass 1: what is not kept is not multiplied.
+Every way to multiply is first checked against the float64 reference, then timed in turn, each round in another order:
+what ran before a call leaves it more or less of the caches. A ratio is one of medians of the same run. GB/s counts the
+bytes of the weight as the kernel reads it, and "of read" is its share of what the fastest reduction reads, timed in the
+same turns; it is near 1 where reading weights is what takes the time. "of peak" is the rate of a dense product of that
+size as a share of the fastest torch float32 product here, and may pass 1: what is not kept is not multiplied.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import functools
 import itertools
 import json
+import random
 import statistics
 import sys
 import time
@@ -78,9 +79,12 @@ def measure(found: list[Rival], x: torch.Tensor, reader: Reader, seconds: float)
     first[READ] = _time(reader.read)
     rounds = max(5, min(101, int(seconds / sum(first[name] for name in timed))))
     samples: dict[str, list[float]] = {name: [] for name in timed}
+    order = list(timed)
+    shuffler = random.Random(0)
     for _ in range(rounds):
-        for name, run in timed.items():
-            samples[name].append(_time(run))
+        shuffler.shuffle(order)
+        for name in order:
+            samples[name].append(_time(timed[name]))
     return {name: _summary(times) for name, times in samples.items()}
 
 
@@ -170,8 +174,8 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def set_bytes(machine: Machine) -> int:
-    """Twice the last-level cache, unless the five sets of copies would then take over half the memory."""
-    return min(2 * machine.last_level_cache, machine.memory_available // 10)
+    """Twice the last-level cache, unless the rivals' copies and what is read would then take over half the memory."""
+    return min(2 * machine.last_level_cache, machine.memory_available // 14)
 
 
 def main() -> None:

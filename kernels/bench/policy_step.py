@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from bandwidth import Bandwidth
 from machine import this_machine
 from torch import Tensor
 
@@ -158,6 +157,15 @@ def _check_frequencies(group: Tensor, drawn: Tensor) -> None:
         found = float((drawn == mask).all(1).double().mean())
         bound = 5 * (expected * (1 - expected) / len(drawn)) ** 0.5
         assert abs(found - expected) <= bound, f"mask {kept}: drawn with frequency {found:.4f}, expected {expected:.4f}"
+
+
+@dataclass(frozen=True)
+class Bandwidth:
+    """``gb_per_s`` (10^9 bytes) reached by ``method`` over ``buffer_bytes``."""
+
+    gb_per_s: float
+    method: str
+    buffer_bytes: int
 
 
 def read_write_bandwidth(buffer_bytes: int, rounds: int = 7) -> Bandwidth:

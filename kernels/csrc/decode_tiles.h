@@ -1,10 +1,10 @@
-// Expands a packed weight to tiles of bfloat16, [16 pairs of columns][16 rows][2]: for what multiplies pairs, or tiles of them
-// (AMX), zeros included.
+// Expands a packed weight to tiles of bfloat16, [16 pairs of columns][16 rows][2], zeros included: for what multiplies
+// pairs, or tiles of them (AMX).
 //
 // A decoder writes the tile of one step, the 32 columns from 32 * step on, of a block of rows. Columns past the
-// weight's last are zeros. One that is kInPlace says where a tile lies, and writes only what is none. With AMX, up to its
-// kFewTokens, measured, vectors are faster than tiles; mostly for more of them where values are int8, which take longer to
-// expand than to read.
+// weight's last are zeros. Of one that is kInPlace tiles lie in the weight itself; for AMX it says where, and writes
+// only what is none. With AMX, up to its kFewTokens, measured, vectors are faster than tiles; mostly for more of them
+// where values are int8, which take longer to expand than to read.
 #ifndef MASKPRO_DECODE_TILES_H_
 #define MASKPRO_DECODE_TILES_H_
 
@@ -12,7 +12,6 @@
 #include <stdint.h>
 
 #include "interleaved.h"
-#include "maskpro_kernels.h"
 #include "nm_linear.h"
 #include "prefetch.h"
 #include "vector_avx512_bf16.h"
@@ -324,32 +323,6 @@ class DecodeDense {
  private:
   const int64_t pairs_;  // in a block, a chunk of zeros filled up
 };
-
-// Calls `use` with a null pointer of the decoder of a call's pattern.
-template <class Weight, class Use>
-inline int32_t with_decoder(const NMLinear& call, const Use& use) {
-  const auto is = [&](int32_t n, int32_t m) { return call.n == n && call.m == m; };
-  if (is(1, 4)) return use(static_cast<DecodeOfFour<Weight, 1>*>(nullptr));
-  if (is(2, 4)) return use(static_cast<DecodeOfFour<Weight, 2>*>(nullptr));
-  if (is(3, 4)) return use(static_cast<DecodeThreeOfFour<Weight>*>(nullptr));
-  if (is(2, 8)) return use(static_cast<DecodeEven<Weight, 2, 8>*>(nullptr));
-  if (is(4, 8)) return use(static_cast<DecodeEven<Weight, 4, 8>*>(nullptr));
-  if (is(6, 8)) return use(static_cast<DecodeEven<Weight, 6, 8>*>(nullptr));
-  if (is(8, 16)) return use(static_cast<DecodeEven<Weight, 8, 16>*>(nullptr));
-  if (is(16, 32)) return use(static_cast<DecodeEven<Weight, 16, 32>*>(nullptr));
-  switch (index_bits(call.n, call.m)) {
-    case 0:
-      return use(static_cast<DecodeDense<Weight>*>(nullptr));
-    case 3:
-      return use(static_cast<DecodeAny<Weight, 3>*>(nullptr));
-    case 4:
-      return use(static_cast<DecodeAny<Weight, 4>*>(nullptr));
-    case 5:
-      return use(static_cast<DecodeAny<Weight, 5>*>(nullptr));
-    default:
-      return MASKPRO_BAD_ARGUMENT;
-  }
-}
 
 }  // namespace
 }  // namespace maskpro

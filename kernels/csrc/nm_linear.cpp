@@ -13,20 +13,20 @@
 // For many tokens it is that of FMAs, out * in * N/M * tokens of them: none is spent on a weight that is not kept.
 // Activations are read through indices there, ten loads for eight FMAs, which dense products need not: of two loads and
 // two FMAs a cycle, 2:4 is at most 1.6 times as fast as a dense float32 product.
-// AVX512_BF16 does two products in an FMA's time, for dense as for sparse; there a pair costs a permutation as well. On a
-// Zen 5 core product and permutation take 1.5 times as long as the product alone, so that for many tokens 2:4 is at most
-// 1.34 times as fast as a dense bfloat16 product at its peak. A pattern that keeps more than five of eight is expanded
-// there, and costs what dense costs.
+// AVX512_BF16 does two products in an FMA's time, for dense as for sparse; there a pair costs a permutation as well. On
+// a Zen 5 core product and permutation take 1.5 times as long as the product alone, so that for many tokens 2:4 is at
+// most 1.34 times as fast as a dense bfloat16 product at its peak. A pattern that keeps more than five of eight is
+// expanded there, and costs what dense costs and what expanding it takes.
 // AMX multiplies tiles, zeros included: 2:4 costs what dense costs, and what expanding it takes.
 //
-// A result does not depend on the number of threads, nor on the other tokens of the call but for how many they are: one, a
-// few and many tokens are summed in different orders, and on AMX few may be multiplied as integers.
+// A result does not depend on the number of threads, nor on the other tokens of the call but for how many they are: up
+// to four, few and many tokens are summed in different orders, and on AMX few may be multiplied as integers.
 //
-// Structure: interleaved.h is the order of the weight; nm_linear_few.h and nm_linear_many.h cut the work into blocks for
-// few and for many tokens, nm_linear_pairs.h is the innermost loop of pairs, nm_linear_expanded.h multiplies pairs of an
-// expanded weight (decode_tiles.h); nm_linear_amx.h does all of it with tiles, nm_linear_amx_int8.h few tokens of 2:4 int8.
-// shares.h gives blocks to threads. vector_<isa>.h has the instructions, nm_linear_<isa>.cpp is the instantiation under
-// that ISA's flags.
+// Structure: interleaved.h is the order of the weight; nm_linear_few.h and nm_linear_many.h cut the work into blocks
+// for few and for many tokens, nm_linear_pairs.h is the innermost loop of pairs, nm_linear_expanded.h multiplies pairs
+// of an expanded weight (decode_tiles.h); nm_linear_amx.h does all of it with tiles, nm_linear_amx_int8.h few tokens of
+// 2:4 int8. shares.h gives blocks to threads. vector_<isa>.h has the instructions, nm_linear_<isa>.cpp is the
+// instantiation under that ISA's flags.
 #include "nm_linear.h"
 
 #include "arguments.h"

@@ -1,10 +1,11 @@
-// nm_linear for many tokens and patterns that keep much, where an instruction set multiplies pairs of bfloat16: the weight
-// is expanded to dense pairs, zeros included, whose activations need no permutation.
+// nm_linear for many tokens and patterns that keep much, where an instruction set multiplies pairs of bfloat16: the
+// weight is expanded to dense pairs, zeros included, whose activations need no permutation.
 //
 //   for every kExpandedPassTokens tokens              bounds the working memory
 //     copy the activations, rows filled up with zeros, shared by all threads
 //     for every kTogether blocks of rows that this thread takes (shares.h)
-//       for every piece of their columns: expand it (decode_tiles.h), then for every tile of tokens: multiply_pairs
+//       for every piece of their columns: expand it (decode_tiles.h; dense bfloat16 is multiplied where it lies), then
+//         for every tile of tokens: multiply_pairs
 //       scale, add the bias, round, store
 #ifndef MASKPRO_NM_LINEAR_EXPANDED_H_
 #define MASKPRO_NM_LINEAR_EXPANDED_H_
@@ -59,7 +60,7 @@ template <int kBlocks, int kTokens>
     }
 #pragma GCC unroll 8
     for (int t = 0; t < kTokens; ++t) {
-      const Isa::Pairs columns = Isa::pick_of_group<0>(x + t * x_stride + 2 * pair, __m512i{});
+      const Isa::Pairs columns = Isa::broadcast_pair(x + t * x_stride + 2 * pair);
 #pragma GCC unroll 3
       for (int b = 0; b < kBlocks; ++b) acc[b][t] = Isa::dot(rows[b], columns, acc[b][t]);
     }
@@ -137,6 +138,7 @@ class ExpandedTokens {
   }
 
  private:
+  static constexpr int64_t kTilePairs = kTileSteps / 2;
   static constexpr int64_t kExpandedBytes = kExpandedSteps * kWeightTileBytes;  // of a block
 
   int64_t sums_stride() const { return most_ * kBlockRows; }
@@ -156,15 +158,27 @@ class ExpandedTokens {
     }
     for (int64_t step = 0; step < steps_; step += kExpandedSteps) {
       const int64_t steps = std::min(kExpandedSteps, steps_ - step);
-      for (int64_t b = 0; b < blocks; ++b) {
-        const uint8_t* from = call_.weight + (block + b) * sizes_.block_bytes;
-        uint8_t* to = expanded + b * kExpandedBytes;
-        for (int64_t s = 0; s < steps; ++s) decode_(from, step + s, to + s * kWeightTileBytes);
+      const uint8_t* from = call_.weight + block * sizes_.block_bytes;
+      const BF16* x = x_ + step * kTileSteps;
+      if constexpr (Decoder::kInPlace) {
+        const int64_t pairs = std::min(steps * kTilePairs, sizes_.block_bytes / kTileRowBytes - step * kTilePairs);
+        multiply_piece(from + step * kWeightTileBytes, sizes_.block_bytes, blocks, pairs, x, tokens, sums);
+      } else {
+        for (int64_t b = 0; b < blocks; ++b, from += sizes_.block_bytes) {
+          uint8_t* to = expanded + b * kExpandedBytes;
+          for (int64_t s = 0; s < steps; ++s) decode_(from, step + s, to + s * kWeightTileBytes);
+        }
+        multiply_piece(expanded, kExpandedBytes, blocks, steps * kTilePairs, x, tokens, sums);
       }
-      for (int64_t t = 0; t < tokens; t += kTokensTogether) {
-        multiply_some(blocks, tokens - t, expanded, kExpandedBytes, steps * kTileSteps / 2,
-                      x_ + t * x_stride_ + step * kTileSteps, x_stride_, sums + t * kBlockRows, sums_stride());
-      }
+    }
+  }
+
+  // Adds what some pairs of columns of blocks that are block_bytes apart contribute.
+  void multiply_piece(const uint8_t* w, int64_t block_bytes, int64_t blocks, int64_t pairs, const BF16* x,
+                      int64_t tokens, float* sums) const {
+    for (int64_t t = 0; t < tokens; t += kTokensTogether) {
+      multiply_some(blocks, tokens - t, w, block_bytes, pairs, x + t * x_stride_, x_stride_, sums + t * kBlockRows,
+                    sums_stride());
     }
   }
 

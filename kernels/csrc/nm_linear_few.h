@@ -33,6 +33,15 @@ constexpr int64_t kMostTogether = 12;
 // Times a thread takes blocks, at least: so that others can take from it what is left.
 constexpr int64_t kLeastTakes = 4;
 
+// In how many parts each of a few sums is added up: one product would wait for another, four cycles or, of a pair, six,
+// while the memory of a Zen 5 core sends a slot of int8 in less. Of pairs of 16 bits it does not.
+template <class Isa, class Weight>
+constexpr int parts(int tokens) {
+  if (!Isa::kUnrollSlots || (Isa::kPairs && tokens > 1 && sizeof(Weight) > 1)) return 1;
+  const int sums = Isa::kPairs ? tokens : tokens * Isa::kVectors;
+  return sums <= 2 ? 4 : sums <= 4 ? 2 : 1;
+}
+
 // sums[t][row] += rows . x[t] over some chunks of a block. All tokens use a weight once it is in registers; every
 // group of activations is loaded once for sixteen rows.
 //
@@ -40,12 +49,11 @@ constexpr int64_t kLeastTakes = 4;
 //   x      [kTokens, in_features], rows x_stride apart
 //   sums   [kTokens, 16]
 //   ahead  bytes of prefetch
-template <class Isa, class Weight, int kBits, int kTokens>
+template <class Isa, class Weight, int kBits, int kTokens, int kParts>
 [[gnu::noinline]] void multiply_block(const uint8_t* chunk, int64_t chunks, const int32_t* bases, const float* x,
                                       int64_t x_stride, float* sums, int64_t ahead) {
   constexpr int kVectors = Isa::kVectors;
   constexpr int kSlots = chunk_slots(kBits);
-  constexpr int kParts = Isa::kUnrollSlots ? parts(kTokens * kVectors) : 1;
   using Vec = typename Isa::Vec;
   Vec acc[kParts][kTokens][kVectors];
 #pragma GCC unroll 8
@@ -220,10 +228,22 @@ class FewTokens {
     if constexpr (kTokens > 1) {
       if (tokens < kTokens) return multiply_some<Stored, kTokens - 1>(tokens, chunk, chunks, bases, x, sums, ahead);
     }
+    // Only where these are all tokens of a call: a token's sums do not depend on its place among others.
+    constexpr int kParts = parts<Isa, Stored>(kTokens);
+    if constexpr (kParts > 1) {
+      if (call_.tokens == kTokens) return multiply_tile<Stored, kTokens, kParts>(chunk, chunks, bases, x, sums, ahead);
+    }
+    multiply_tile<Stored, kTokens, 1>(chunk, chunks, bases, x, sums, ahead);
+  }
+
+  template <class Stored, int kTokens, int kParts>
+  void multiply_tile(const uint8_t* chunk, int64_t chunks, const int32_t* bases, const Element* x, float* sums,
+                     int64_t ahead) const {
     if constexpr (Isa::kPairs) {
-      multiply_block_of_pairs<Isa, Stored, kBits, kTokens, kLines>(chunk, chunks, bases, x, x_stride(), sums, ahead);
+      multiply_block_of_pairs<Isa, Stored, kBits, kTokens, kParts, kLines>(chunk, chunks, bases, x, x_stride(), sums,
+                                                                           ahead);
     } else {
-      multiply_block<Isa, Stored, kBits, kTokens>(chunk, chunks, bases, x, x_stride(), sums, ahead);
+      multiply_block<Isa, Stored, kBits, kTokens, kParts>(chunk, chunks, bases, x, x_stride(), sums, ahead);
     }
   }
 

@@ -12,12 +12,9 @@
 
 namespace maskpro {
 
-// In how many parts each of a few sums is added up: one product would wait for another (four cycles; six for a pair), while
-// the memory of a Zen 5 core sends a slot of int8 in less.
-constexpr int parts(int sums) { return sums <= 2 ? 4 : sums <= 4 ? 2 : 1; }
-
 // Turns the first columns of slots' groups into what multiply_block_of_pairs() reads with kLines: of each pair of slots
-// the first column of the line of Isa::kLine in which both groups lie, and the groups' within it, 16 bits each.
+// the first column of the line of Isa::kLine in which both groups lie, and the groups' within it, 16 bits each. Both do
+// where n is even or a line holds several groups of n: an even number of slots.
 template <class Isa>
 inline void find_lines(int64_t slots, int32_t* bases) {
   for (int64_t slot = 0; slot < slots; slot += 2) {
@@ -27,18 +24,16 @@ inline void find_lines(int64_t slots, int32_t* bases) {
   }
 }
 
-// multiply_block() of pairs of slots. Without kLines both are of one group, of four or of all columns; with it their groups
-// may be two, neighbours of up to sixteen or one of any size: a line holds a whole number of pairs.
+// multiply_block() of pairs of slots: of one group of four, or of all columns; with kLines of those find_lines() knows.
 //
 //   bases  the first column of each slot's group, or what find_lines() makes of them
 //   x      [kTokens, in_features], rows x_stride apart; with kLines aligned to whole lines, which are read
-template <class Isa, class Weight, int kBits, int kTokens, bool kLines>
+template <class Isa, class Weight, int kBits, int kTokens, int kParts, bool kLines>
 [[gnu::noinline]] void multiply_block_of_pairs(const uint8_t* chunk, int64_t chunks, const int32_t* bases,
                                                const BF16* x, int64_t x_stride, float* sums,
                                                int64_t ahead) {
   constexpr int kSlots = chunk_slots(kBits);
   using Vec = typename Isa::Vec;
-  constexpr int kParts = kTokens == 1 || sizeof(Weight) == 1 ? parts(kTokens) : 1;  // of others memory is no faster
   Vec acc[kParts][kTokens];
 #pragma GCC unroll 16
   for (int t = 0; t < kTokens; ++t) {

@@ -62,13 +62,14 @@ def test_stays_within_its_buffers(isa, pattern, groups, rows, tokens, dtypes, th
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("kept", [torch.bfloat16, torch.int8], ids=str)
 @pytest.mark.parametrize(
-    "pattern", ["1:4", "2:4", "3:4", "4:4", "2:8", "3:8", "4:8", "6:8", "5:16", "8:16", "7:32", "16:32"]
+    "pattern",
+    ["1:4", "2:4", "3:4", "4:4", "2:8", "3:8", "4:8", "6:8", "7:8", "5:16", "8:16", "13:16", "7:32", "16:32", "25:32"],
 )
 def test_every_way_to_expand_a_weight_stays_within_its_buffers(isa, pattern, kept):
     """Short weights, whose last step of 32 columns has one group, and two."""
     for groups in (1, 9, 10, 17):
         dtypes = torch.bfloat16, kept, torch.bfloat16
-        for tokens in (1, 5, 20):
+        for tokens in (1, 5, 20, 50):
             check_stays_within_its_buffers(isa, NMPattern.parse(pattern), groups, 5, tokens, dtypes, 1)
 
 

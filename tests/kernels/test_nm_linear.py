@@ -112,14 +112,15 @@ def test_a_dense_weight_in_its_own_dtype(isa, dtype, activation, tokens, monkeyp
     check(x, pack(weight, NMPattern(4, 4)), bias, y)
 
 
-@pytest.mark.parametrize("tokens", [1, 20])
-def test_activations_of_an_earlier_call_do_not_leak(isa, tokens, monkeypatch):
+@pytest.mark.parametrize("tokens", [1, 20, 60])
+@pytest.mark.parametrize("pattern", ["4:4", "3:4"])
+def test_activations_of_an_earlier_call_do_not_leak(isa, pattern, tokens):
     """Where 16 does not divide in_features, weights of 0 fill rows up: they must not meet another call's NaN."""
-    monkeypatch.setenv("MASKPRO_KERNEL", f"cpu-{isa}")
-    weight = torch.randn((16, 20)).bfloat16()
+    nm = NMPattern.parse(pattern)
+    weight, before = (packed(torch.randn((16, columns)), nm, torch.bfloat16) for columns in (20, 64))
     x = torch.randn((tokens, 20)).bfloat16()
-    nm_linear(torch.full((tokens, 32), torch.nan).bfloat16(), interleave_dense(torch.randn((16, 32)).bfloat16()))
-    check(x, pack(weight, NMPattern(4, 4)), None, nm_linear(x, interleave_dense(weight)))
+    run_on_nan(torch.full((tokens, 64), torch.nan).bfloat16(), before, None, isa, 1)
+    check(x, weight, None, run_on_nan(x, weight, None, isa, 1))
 
 
 def test_a_packed_weight_is_interleaved_once_until_it_changes():
@@ -226,7 +227,7 @@ def test_every_way_to_expand_a_weight(isa, pattern, kept):
     bias = torch.randn(70).half()
     for tokens, columns, threads in (
         (1, short, 7), (5, wide, 3), (13, short, 1), (29, short, 2), (29, wide, 2), (33, wide, 3), (257, wide, 2),
-        (67, 2080, 3), (519, short, 2),
+        (67, 2080, 1), (519, short, 2),
     ):  # fmt: skip
         weight = packed(torch.randn((70, columns)), nm, kept)
         x = torch.randn((tokens, columns)).bfloat16()
@@ -234,11 +235,12 @@ def test_every_way_to_expand_a_weight(isa, pattern, kept):
             check(x, weight, added, run_on_nan(x, weight, added, isa, threads))
 
 
-@pytest.mark.parametrize("tokens", [1, 5, 7, 17, 64, 600])
+@pytest.mark.parametrize("tokens", [1, 5, 7, 17, 64, 129, 600])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kept", [torch.bfloat16, torch.int8], ids=str)
-def test_many_tokens_and_threads(isa, tokens, dtype, kept):
-    weight = packed(torch.randn((290, 2048)), NMPattern(2, 4), kept)
+@pytest.mark.parametrize("pattern", ["2:4", "6:8"])
+def test_many_tokens_and_threads(isa, tokens, dtype, kept, pattern):
+    weight = packed(torch.randn((290, 2048)), NMPattern.parse(pattern), kept)
     x = torch.randn((tokens, 2048)).to(dtype)
     outputs = [run_on_nan(x, weight, None, isa, threads) for threads in (1, 2, 3, 5)]
     check(x, weight, None, outputs[0])
@@ -247,6 +249,8 @@ def test_many_tokens_and_threads(isa, tokens, dtype, kept):
     if tokens > 1:  # nor on the other tokens, but for how many there are
         other = torch.cat([torch.randn((1, 2048)).to(dtype), x[1:-1].roll(1, 0), x[-1:]])
         assert torch.equal(run_on_nan(other, weight, None, isa, 2)[-1], outputs[0][-1])
+        first = run_on_nan(x[:1].repeat(tokens, 1), weight, None, isa, 2)  # nor on its place among them
+        assert torch.equal(first, outputs[0][:1].expand_as(first))
 
 
 def test_fewer_threads_than_asked_for_do_all_of_the_work_once():
