@@ -146,9 +146,7 @@ class AmxTokens {
         }
         for (int64_t block, end; shares.take(thread, most_pairs_, &block, &end);) {
           multiply(block, end, tokens, reinterpret_cast<uint8_t*>(decoded), sums);
-          for (int64_t b = block; b < end; b += 2) {
-            store(b, end - b, token, tokens, sums + (b - block) * sums_stride(tokens));
-          }
+          store_outputs<Avx512, BF16>(call_, block, end, token, tokens, sums, sums_stride(tokens));
         }
         if (rest > kAmxPassTokens) {
 #pragma omp barrier
@@ -215,15 +213,6 @@ class AmxTokens {
               to + tile * kSumsFloats, sums_stride(tokens), step == 0);
         }
       }
-    }
-  }
-
-  // Both blocks of a pair, token by token: together they fill a line of y.
-  void store(int64_t block, int64_t blocks, int64_t token, int64_t tokens, const float* sums) const {
-    const BlockOutputs<Avx512, BF16> first(call_, block), second(call_, blocks > 1 ? block + 1 : block);
-    for (int64_t t = 0; t < tokens; ++t) {
-      first.store(token + t, sums + t * kBlockRows);
-      if (blocks > 1) second.store(token + t, sums + sums_stride(tokens) + t * kBlockRows);
     }
   }
 

@@ -122,11 +122,7 @@ class ExpandedTokens {
 #pragma omp barrier
         for (int64_t block, end; shares.take(thread, kTogether, &block, &end);) {
           multiply(block, end - block, tokens, expanded, sums);
-          for (int64_t b = block; b < end; ++b) {
-            const BlockOutputs<Avx512, BF16> outputs(call_, b);
-            const float* its = sums + (b - block) * sums_stride();
-            for (int64_t t = 0; t < tokens; ++t) outputs.store(token + t, its + t * kBlockRows);
-          }
+          store_outputs<Avx512, BF16>(call_, block, end, token, tokens, sums, sums_stride());
         }
         if (rest > kExpandedPassTokens) {
 #pragma omp barrier

@@ -128,11 +128,7 @@ class FewTokens {
       for (int64_t block, end; shares.take(thread, together, &block, &end);) {
         memset(sums, 0, static_cast<size_t>((end - block) * call_.tokens * kBlockRows) * sizeof(float));
         multiply(block, end, bases, x, sums, wide);
-        for (int64_t b = block; b < end; ++b) {
-          const BlockOutputs<Isa, Act> outputs(call_, b);
-          const float* its = sums + (b - block) * call_.tokens * kBlockRows;
-          for (int64_t t = 0; t < call_.tokens; ++t) outputs.store(t, its + t * kBlockRows);
-        }
+        store_outputs<Isa, Act>(call_, block, end, 0, call_.tokens, sums, call_.tokens * kBlockRows);
       }
     }
     return MASKPRO_OK;
