@@ -63,7 +63,7 @@ sanitize: setup
 	scripts/sanitize.sh $(BIN)/python
 
 bench: setup
-	$(BIN)/python kernels/bench/nm_linear.py --json docs/results/nm_linear.json
+	$(BIN)/python kernels/bench/nm_linear.py --json build/nm_linear.json
 	$(BIN)/python loadtests/compare.py --quick --output build/loadtest-quick
 
 loadtest: setup

@@ -158,6 +158,12 @@ def shape(text: str) -> tuple[int, int]:
     return int(rows), int(columns)
 
 
+def served_activations() -> str:
+    """vLLM serves bfloat16 where a processor multiplies it."""
+    isa = select_backend(NMPattern(2, 4), torch.bfloat16, torch.bfloat16, "cpu").isa
+    return "bfloat16" if isa in ("amx-bf16", "avx512-bf16") else "float32"
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128, 512])
@@ -165,8 +171,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--patterns", type=NMPattern.parse, nargs="+", default=[NMPattern(2, 4)])
     parser.add_argument("--weights", choices=["bfloat16", "float16", "float32", "int8"], default="bfloat16")
     parser.add_argument(
-        "--activations", choices=["bfloat16", "float16", "float32"], default="float32", help="ours (default: float32)"
-    )
+        "--activations", choices=["bfloat16", "float16", "float32"], default=served_activations(),
+        help="ours (default: what is served here, %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=4.0, help="per shape and number of tokens (default: 4)")
     parser.add_argument("--json", type=Path, help="also write everything here")

@@ -117,22 +117,29 @@ class BlockOutputs {
   float bias_[kBlockRows];
 };
 
-// Outputs of the tokens from `token` on, of blocks of rows: two at a time, token by token, since they share a line of y.
+// Outputs of the tokens from `token` on, of blocks of rows: token by token for an even block and the next one, which
+// share a line of y.
 //
 //   sums  [block][tokens][16], blocks sums_stride floats apart
 template <class Isa, class Act>
 inline void store_outputs(const NMLinear& call, int64_t block, int64_t end, int64_t token, int64_t tokens,
                           const float* sums, int64_t sums_stride) {
-  for (; end - block > 1; block += 2, sums += 2 * sums_stride) {
-    const BlockOutputs<Isa, Act> first(call, block), second(call, block + 1);
+  while (block < end) {
+    const BlockOutputs<Isa, Act> first(call, block);
+    if (block % 2 != 0 || end - block == 1) {
+      for (int64_t t = 0; t < tokens; ++t) first.store(token + t, sums + t * kBlockRows);
+      block += 1;
+      sums += sums_stride;
+      continue;
+    }
+    const BlockOutputs<Isa, Act> second(call, block + 1);
     for (int64_t t = 0; t < tokens; ++t) {
       first.store(token + t, sums + t * kBlockRows);
       second.store(token + t, sums + sums_stride + t * kBlockRows);
     }
+    block += 2;
+    sums += 2 * sums_stride;
   }
-  if (block == end) return;
-  const BlockOutputs<Isa, Act> last(call, block);
-  for (int64_t t = 0; t < tokens; ++t) last.store(token + t, sums + t * kBlockRows);
 }
 
 }  // namespace maskpro

@@ -83,10 +83,10 @@ MASKPRO_API int32_t maskpro_interleave(void* weight, const void* values, const u
 // Sums are float32, rounded once to act_dtype, which like bias_dtype is no integer. With MASKPRO_AVX512_BF16 and
 // MASKPRO_AMX_BF16, subnormal bfloat16 activations and weights, and subnormal sums, may count as zero; with the latter,
 // for few tokens of 2:4 int8 each activation is rounded to a multiple of 2^-21 of its token's largest, or of 2^-126, or
-// of less (nm_linear_amx_int8.h). An infinite activation or a NaN may reach all of its token's outputs, also those whose
-// weight of its column is not kept: with AMX; with MASKPRO_AVX512_BF16 where n > 5 / 8 m, for more than 48 tokens; and
-// everywhere in the last group of m columns, which the slots that fill up a row's last chunk read too, with weights of 0.
-// Reentrant: any number of threads may call at once.
+// of less (nm_linear_amx_int8.h). An infinite activation or a NaN may reach all of its token's outputs, also those
+// whose weight of its column is not kept: with AMX; with MASKPRO_AVX512_BF16 where n > 5 / 8 m, for more than 48 tokens;
+// and everywhere in the last group of m columns, which the slots that fill up a row's last chunk read too, with weights
+// of 0. Reentrant: any number of threads may call at once.
 //
 // Reads the weight once for up to a few tokens. Returns a maskpro_status; on anything but MASKPRO_OK, y is untouched.
 MASKPRO_API int32_t maskpro_nm_linear(void* y, const void* x, const void* weight, const float* scale, const void* bias,

@@ -135,7 +135,7 @@ class ExpandedTokens {
 
  private:
   static constexpr int64_t kTilePairs = kTileSteps / 2;
-  static constexpr int64_t kExpandedBytes = kExpandedSteps * kWeightTileBytes;  // of a block
+  static constexpr int64_t kExpandedBytes = Decoder::kInPlace ? 0 : kExpandedSteps * kWeightTileBytes;  // of a block
 
   int64_t sums_stride() const { return most_ * kBlockRows; }
 

@@ -34,7 +34,7 @@ constexpr int64_t kMostTogether = 12;
 constexpr int64_t kLeastTakes = 4;
 
 // In how many parts each of a few sums is added up: one product would wait for another, four cycles or, of a pair, six,
-// while the memory of a Zen 5 core sends a slot of int8 in less. Of pairs of 16 bits it does not.
+// while the memory of a Zen 5 core sends a slot of int8 in less. Pairs of 16 bits gain only for one token.
 template <class Isa, class Weight>
 constexpr int parts(int tokens) {
   if (!Isa::kUnrollSlots || (Isa::kPairs && tokens > 1 && sizeof(Weight) > 1)) return 1;
