@@ -159,7 +159,7 @@ def shape(text: str) -> tuple[int, int]:
 
 
 def served_activations() -> str:
-    """vLLM serves bfloat16 where a processor multiplies it."""
+    """bfloat16 where the kernel chosen here has products of it: vLLM serves it there."""
     isa = select_backend(NMPattern(2, 4), torch.bfloat16, torch.bfloat16, "cpu").isa
     return "bfloat16" if isa in ("amx-bf16", "avx512-bf16") else "float32"
 

@@ -8,8 +8,8 @@
 //         for every pair of blocks, for every pair of tiles of tokens: multiply_tiles
 //       scale, add the bias, round, store
 //
-// The first pair of tiles of tokens decodes the weights that it multiplies (decode_tiles.h), a step ahead: the units that
-// shuffle and those that multiply tiles work at once. Dense bfloat16 is multiplied where it lies.
+// The first pair of tiles of tokens decodes the weights that it multiplies (decode_tiles.h), a step ahead: the units
+// that shuffle and those that multiply tiles work at once. Dense bfloat16 is multiplied where it lies.
 #ifndef MASKPRO_NM_LINEAR_AMX_H_
 #define MASKPRO_NM_LINEAR_AMX_H_
 

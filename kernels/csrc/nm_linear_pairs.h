@@ -53,20 +53,12 @@ template <class Isa, class Weight, int kBits, int kTokens, int kParts, bool kLin
       const auto w = Isa::load_pairs(values + 2 * pair * kBlockRows);
       prefetch(values, 2 * pair, ahead);
       const BF16* first = x + bases[2 * pair];
-      if constexpr (kLines) {
-        const auto places = Isa::template places_in_line<kBits>(indices[0], pair, bases[2 * pair + 1]);
+      auto places = Isa::template places<kBits>(indices[0], pair);
+      if constexpr (kLines) places = Isa::template within_line<kBits>(places, bases[2 * pair + 1]);
 #pragma GCC unroll 16
-        for (int t = 0; t < kTokens; ++t) {
-          Vec& sum = acc[pair % kParts][t];
-          sum = Isa::dot(w, Isa::pick_of_line(first + t * x_stride, places), sum);
-        }
-      } else {
-        const auto places = Isa::template places<kBits>(indices[0], pair);
-#pragma GCC unroll 16
-        for (int t = 0; t < kTokens; ++t) {
-          Vec& sum = acc[pair % kParts][t];
-          sum = Isa::dot(w, Isa::template pick_of_group<kBits>(first + t * x_stride, places), sum);
-        }
+      for (int t = 0; t < kTokens; ++t) {
+        const auto columns = Isa::template pick_pairs<kBits, kLines>(first + t * x_stride, places);
+        acc[pair % kParts][t] = Isa::dot(w, columns, acc[pair % kParts][t]);
       }
     }
     chunk += chunk_bytes(kBits, sizeof(Weight));

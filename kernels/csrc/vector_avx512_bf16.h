@@ -41,27 +41,25 @@ struct Avx512BF16 : Avx512 {
 
   // The same within a line, whose columns `firsts` begin the groups of the two slots: 16 bits each.
   template <int kBits>
-  static __m512i places_in_line(Indices indices, int pair, int32_t firsts) {
+  static __m512i within_line(__m512i places, int32_t firsts) {
     constexpr int kAndThenOr = 0xea;
-    return _mm512_ternarylogic_epi32(places<kBits>(indices, pair), _mm512_set1_epi16((1 << kBits) - 1),
-                                     _mm512_set1_epi32(firsts), kAndThenOr);
-  }
-
-  // Each lane's own two of a line of activations. (On a Zen 5 core 5.3 products a ns; 3.5 where groups of eight or
-  // sixteen are broadcast, 3.8 where 64 bytes are read from where a group begins, mostly of two lines.)
-  static Pairs pick_of_line(const BF16* line, __m512i places) {
-    return (__m512bh)_mm512_permutexvar_epi16(places, _mm512_loadu_si512(line));
+    return _mm512_ternarylogic_epi32(places, _mm512_set1_epi16((1 << kBits) - 1), _mm512_set1_epi32(firsts),
+                                     kAndThenOr);
   }
   static constexpr int64_t kLine = 32;
 
-  // Each lane's own two of a group of four, or the two that all lanes share.
-  template <int kBits>
-  static Pairs pick_of_group(const BF16* group, __m512i places) {
-    if constexpr (kBits == 0) {
-      return broadcast_pair(group);
+  // Each lane's own two of a line of activations, of a group of four, or the two that all lanes share. (From lines 5.3
+  // products a ns on a Zen 5 core; 3.5 where groups of eight or sixteen are broadcast, 3.8 where 64 bytes are read from
+  // where a group begins, mostly of two lines.)
+  template <int kBits, bool kLines>
+  static Pairs pick_pairs(const BF16* from, __m512i places) {
+    if constexpr (kLines) {
+      return (__m512bh)_mm512_permutexvar_epi16(places, _mm512_loadu_si512(from));
+    } else if constexpr (kBits == 0) {
+      return broadcast_pair(from);
     } else {
       static_assert(kBits == 2);
-      const __m128i four = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(group));
+      const __m128i four = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
       return (__m512bh)_mm512_permutexvar_epi16(places, _mm512_broadcastq_epi64(four));  // ignores the bits above
     }
   }

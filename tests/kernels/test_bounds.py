@@ -13,13 +13,13 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
+from cases import EXPANDED, ISAS, PATTERNS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maskpro_kernels import NMPattern, _cpu, pack, to_int8
 from maskpro_kernels.interleaved import interleave
 
-ISAS = ("amx-bf16", "avx512-bf16", "avx512", "avx2", "portable")
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 OK, BAD_ARGUMENT, NO_ISA = 0, 1, 2
@@ -47,7 +47,7 @@ def ending_at_a_guard_page(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 @pytest.mark.parametrize("isa", ISAS)
 @given(
-    pattern=st.sampled_from([4, 8, 16, 32]).flatmap(lambda m: st.builds(NMPattern, st.integers(1, m), st.just(m))),
+    pattern=PATTERNS,
     groups=st.integers(1, 12) | st.integers(13, 300),
     rows=st.integers(1, 9) | st.integers(40, 60) | st.sampled_from([130, 400]),
     tokens=st.integers(1, 8) | st.integers(9, 70) | st.integers(120, 300),
@@ -61,10 +61,7 @@ def test_stays_within_its_buffers(isa, pattern, groups, rows, tokens, dtypes, th
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("kept", [torch.bfloat16, torch.int8], ids=str)
-@pytest.mark.parametrize(
-    "pattern",
-    ["1:4", "2:4", "3:4", "4:4", "2:8", "3:8", "4:8", "6:8", "7:8", "5:16", "8:16", "13:16", "7:32", "16:32", "25:32"],
-)
+@pytest.mark.parametrize("pattern", EXPANDED)
 def test_every_way_to_expand_a_weight_stays_within_its_buffers(isa, pattern, kept):
     """Short weights, whose last step of 32 columns has one group, and two."""
     for groups in (1, 9, 10, 17):

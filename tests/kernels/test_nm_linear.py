@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import EXPANDED, ISAS, PATTERNS
 from exact import exact_weight
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,10 +20,8 @@ from maskpro_kernels import NMPattern, NMWeight, UnsupportedKernelError, _cpu, n
 from maskpro_kernels.interleaved import interleave, interleave_dense, packed_again, remembered
 from maskpro_kernels.support import select_backend
 
-PATTERNS = st.sampled_from([4, 8, 16, 32]).flatmap(lambda m: st.builds(NMPattern, st.integers(1, m), st.just(m)))
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 KEPT = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.int8])
-ISAS = ("amx-bf16", "avx512-bf16", "avx512", "avx2", "portable")
 
 
 @pytest.fixture(params=ISAS)
@@ -216,27 +215,7 @@ def test_int8_values_come_with_a_scale():
 
 
 @pytest.mark.parametrize("kept", [torch.bfloat16, torch.int8], ids=str)
-@pytest.mark.parametrize(
-    "pattern",
-    [
-        "1:4",
-        "2:4",
-        "3:4",
-        "4:4",
-        "2:8",
-        "3:8",
-        "4:8",
-        "5:8",
-        "6:8",
-        "7:8",
-        "5:16",
-        "8:16",
-        "13:16",
-        "7:32",
-        "16:32",
-        "25:32",
-    ],
-)
+@pytest.mark.parametrize("pattern", EXPANDED)
 def test_every_way_to_expand_a_weight(isa, pattern, kept):
     """Instruction sets that multiply pairs or tiles have code for single patterns, which random ones seldom meet."""
     nm = NMPattern.parse(pattern)

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from cases import PATTERNS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,7 +15,6 @@ from maskpro_kernels.bits import count_bits, pack_bits, unpack_bits
 from maskpro_kernels.errors import NativeLibraryError
 from maskpro_kernels.packing import check_bitmask, check_mask, magnitude_mask, pack_under
 
-PATTERNS = st.sampled_from([4, 8, 16, 32]).flatmap(lambda m: st.builds(NMPattern, st.integers(1, m), st.just(m)))
 DTYPES = st.sampled_from([torch.bfloat16, torch.float16, torch.float32])
 
 

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from cases import ISAS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,7 +14,6 @@ from maskpro_kernels import NMPattern, _cpu
 from maskpro_kernels.policy_step import policy_step
 from maskpro_learner.policy import log_prob, most_likely, score
 
-ISAS = ("amx-bf16", "avx512-bf16", "avx512", "avx2", "portable")
 PATTERNS = st.sampled_from([4, 8]).flatmap(lambda m: st.builds(NMPattern, st.integers(1, m), st.just(m)))
 
 
