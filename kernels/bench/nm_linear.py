@@ -171,8 +171,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--patterns", type=NMPattern.parse, nargs="+", default=[NMPattern(2, 4)])
     parser.add_argument("--weights", choices=["bfloat16", "float16", "float32", "int8"], default="bfloat16")
     parser.add_argument(
-        "--activations", choices=["bfloat16", "float16", "float32"], default=served_activations(),
-        help="ours (default: what is served here, %(default)s)",
+        "--activations", choices=["bfloat16", "float16", "float32", "int8"], default=served_activations(),
+        help="ours (default: what is served here, %(default)s); int8: bfloat16, and each call rounds them to 8 bits",
     )  # fmt: skip
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=4.0, help="per shape and number of tokens (default: 4)")
@@ -195,7 +195,9 @@ def main() -> None:
     size = set_bytes(machine)
     reader = fastest_reader(size)
     peak = peak_flops()
-    kernel = select_backend(arguments.patterns[0], activations, weights, "cpu").name
+    may_round = activations == torch.int8
+    served = torch.bfloat16 if may_round else activations
+    kernel = select_backend(arguments.patterns[0], served, weights, "cpu", may_round=may_round).name
     print(machine, f"torch float32 product: {peak / 1e9:.0f} GFLOP/s", sep="\n")
     print(
         f"{kernel}, {arguments.weights}, {arguments.activations} activations; every rival walks through copies of its "

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from maskpro_kernels import NMPattern, NMWeight, nm_linear, pack, to_int8, unpack
+from maskpro_kernels import NMPattern, NMWeight, _cpu, nm_linear, pack, to_int8, unpack
+from maskpro_kernels.activations import EightBitInputs
 from maskpro_kernels.interleaved import InterleavedWeight, interleave, interleave_dense
 from maskpro_kernels.reference import nm_linear_reference
 
@@ -22,7 +23,7 @@ OURS_DENSE = "maskpro dense bfloat16"
 class Rival:
     """``run(x)`` multiplies x of ``dtype`` by the next of several copies of the weight, each of ``weight_bytes``.
 
-    ``weight_dtype`` is what the weight was rounded to, at the most.
+    ``weight_dtype`` is what the weight was rounded to, at the most; ``inputs`` how the activations are, if they are.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Rival:
     weight_bytes: int
     copies: int
     run: Callable[[Tensor], Tensor]
+    inputs: EightBitInputs | None = None
 
 
 def rivals(
@@ -39,14 +41,16 @@ def rivals(
 ) -> tuple[NMWeight, list[Rival]]:  # fmt: skip
     """One random weight, and every way to multiply by it, ours first, which takes activations of ``act_dtype``.
 
-    Each way walks through enough copies of its weight to fill ``set_bytes``, so that none is found in a cache.
+    int8 stands for bfloat16 ones that are rounded to 8 bits, each token by a scale of its own. Each way walks through enough copies of its weight to fill ``set_bytes``, so that none is found in a cache.
     """
     dense = torch.randn((rows, columns), generator=generator)
     weight = to_int8(pack(dense, pattern)) if weight_dtype == torch.int8 else pack(dense.to(weight_dtype), pattern)
     dense = unpack(weight).float()
+    inputs = EightBitInputs(torch.int8) if act_dtype == torch.int8 else None
+    dtype = torch.bfloat16 if inputs else act_dtype
     found = [
-        _ours(OURS, lambda: interleave(weight), act_dtype, set_bytes),
-        _ours(OURS_DENSE, lambda: interleave_dense(dense.bfloat16()), act_dtype, set_bytes),
+        _ours(OURS, lambda: interleave(weight, inputs), dtype, set_bytes, inputs),
+        _ours(OURS_DENSE, lambda: interleave_dense(dense.bfloat16()), dtype, set_bytes),
     ]
     for dtype in (torch.float32, torch.bfloat16):
         found.append(_dense(dense.to(dtype), set_bytes))
@@ -66,6 +70,9 @@ def check(rival: Rival, x: Tensor, weight: NMWeight) -> None:
     some = slice(None, None, 32)
     x = x.to(rival.dtype)
     y = rival.run(x)[:, some]
+    if rival.inputs is not None:
+        levels, step = rival.inputs.rounded(x)
+        x = levels.double() * step.double()
     scale = None if weight.scale is None else weight.scale[some].double()
     values, bitmask = weight.values[some].double(), weight.bitmask[some]
     expected = nm_linear_reference(x.double(), values, bitmask, scale, None)
@@ -84,12 +91,20 @@ def _copies(nbytes: int, set_bytes: int) -> int:
     return max(set_bytes // nbytes + 1, 2)
 
 
-def _ours(name: str, load: Callable[[], InterleavedWeight], act_dtype: torch.dtype, set_bytes: int) -> Rival:
+def _ours(
+    name: str, load: Callable[[], InterleavedWeight], act_dtype: torch.dtype, set_bytes: int,
+    inputs: EightBitInputs | None = None,
+) -> Rival:  # fmt: skip
     weight = load()
+    assert (weight.backend.removeprefix("cpu-") in _cpu.ROUNDING_ISAS) == (inputs is not None), f"{weight.backend} is not what was asked for"
     copies = [weight, *(load() for _ in range(_copies(weight.nbytes, set_bytes) - 1))]
     following: Iterator[InterleavedWeight] = itertools.cycle(copies)
     weight_dtype = torch.float32 if name == OURS else weight.dtype  # ours is exactly the weight
-    return Rival(name, act_dtype, weight_dtype, weight.nbytes, len(copies), lambda x: nm_linear(x, next(following)))
+
+    def run(x: Tensor) -> Tensor:
+        return nm_linear(x, next(following))
+
+    return Rival(name, act_dtype, weight_dtype, weight.nbytes, len(copies), run, inputs)
 
 
 def _dense(weight: Tensor, set_bytes: int) -> Rival:

@@ -43,6 +43,9 @@ bool isa_available(int32_t isa) {
       return isa_available(MASKPRO_AVX512_BF16) && __builtin_cpu_supports("amx-tile") &&
              __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("amx-int8") &&
              __builtin_cpu_supports("avx512vbmi") && tiles_permitted();
+    case MASKPRO_AVX512_VNNI:
+      return isa_available(MASKPRO_AVX512) && __builtin_cpu_supports("avx512vbmi") &&
+             __builtin_cpu_supports("avx512vnni");
 #endif
     default:
       return false;

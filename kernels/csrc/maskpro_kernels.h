@@ -16,13 +16,14 @@ extern "C" {
 #endif
 
 // Raised with every incompatible change of this header; the Python loader checks it.
-#define MASKPRO_ABI_VERSION 8
+#define MASKPRO_ABI_VERSION 9
 
 enum maskpro_dtype { MASKPRO_F32 = 0, MASKPRO_BF16 = 1, MASKPRO_F16 = 2, MASKPRO_I8 = 3 };
 
-// Each includes those before it; the last also AMX_INT8 and AVX512_VBMI.
+// Each includes those before it, and MASKPRO_AMX_BF16 also AMX_INT8 and AVX512_VBMI; but MASKPRO_AVX512_VNNI is
+// MASKPRO_AVX512 with AVX512_VBMI, and only for products of 8-bit integers.
 enum maskpro_isa { MASKPRO_PORTABLE = 0, MASKPRO_AVX2 = 1, MASKPRO_AVX512 = 2, MASKPRO_AVX512_BF16 = 3,
-                   MASKPRO_AMX_BF16 = 4 };
+                   MASKPRO_AMX_BF16 = 4, MASKPRO_AVX512_VNNI = 5 };
 
 enum maskpro_status {
   MASKPRO_OK = 0,
@@ -36,7 +37,7 @@ MASKPRO_API int32_t maskpro_abi_version(void);
 // 1 if the instruction set was compiled in and this machine runs it, else 0.
 MASKPRO_API int32_t maskpro_isa_available(int32_t isa);
 
-// The available one whose kernels are fastest on this machine.
+// The available one whose kernels are fastest on this machine, of those that multiply activations as they are.
 MASKPRO_API int32_t maskpro_fastest_isa(void);
 
 // Binds the calling thread to the first of `cores` (numbers as in /proc/cpuinfo) and the OpenMP threads that work for it to
@@ -78,6 +79,7 @@ MASKPRO_API int32_t maskpro_interleave(void* weight, const void* values, const u
 //   x       [tokens, in_features]   row-major, act_dtype
 //   weight  from maskpro_interleave
 //   scale   [out_features] float32, or NULL for ones: a weight is its value times its row's scale
+//   x_scale one number, above 0, or NULL; only with MASKPRO_AVX512_VNNI
 //   bias    [out_features] bias_dtype, or NULL
 //
 // Sums are float32, rounded once to act_dtype, which like bias_dtype is no integer. With MASKPRO_AVX512_BF16 and
@@ -88,11 +90,15 @@ MASKPRO_API int32_t maskpro_interleave(void* weight, const void* values, const u
 // and everywhere in the last group of m columns, which the slots that fill up a row's last chunk read too, with weights
 // of 0. Reentrant: any number of threads may call at once.
 //
+// MASKPRO_AVX512_VNNI takes 2:4 int8 weights with in_features below 2^18 alone, and rounds activations to 8 bits: to
+// multiples of x_scale from -128 to 127 times it, or, without one, of 1 / 127 of their token's largest magnitude. Sums are
+// of integers, and exact. A NaN, or without x_scale an infinity, makes all of its token's outputs NaN.
+//
 // Reads the weight once for up to a few tokens. Returns a maskpro_status; on anything but MASKPRO_OK, y is untouched.
-MASKPRO_API int32_t maskpro_nm_linear(void* y, const void* x, const void* weight, const float* scale, const void* bias,
-                                      int64_t tokens, int64_t in_features, int64_t out_features, int32_t n, int32_t m,
-                                      int32_t act_dtype, int32_t weight_dtype, int32_t bias_dtype, int32_t isa,
-                                      int32_t threads);
+MASKPRO_API int32_t maskpro_nm_linear(void* y, const void* x, const void* weight, const float* scale,
+                                      const float* x_scale, const void* bias, int64_t tokens, int64_t in_features,
+                                      int64_t out_features, int32_t n, int32_t m, int32_t act_dtype,
+                                      int32_t weight_dtype, int32_t bias_dtype, int32_t isa, int32_t threads);
 
 // Makes maskpro_nm_linear the CPU kernel of torch.ops.maskpro.nm_linear_interleaved. `libtorch` is what dlopen returned
 // for torch's library, or for one that depends on it; only the first call does anything. MASKPRO_BAD_ARGUMENT if it is no

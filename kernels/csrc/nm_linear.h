@@ -11,6 +11,7 @@ struct NMLinear {
   const void* x;        // [tokens, in_features], act_dtype
   const uint8_t* weight;  // interleaved.h
   const float* scale;   // [out_features]; or null
+  const float* x_scale;  // one number; or null
   const void* bias;     // [out_features], bias_dtype; or null
   int64_t tokens;
   int64_t in_features;
@@ -30,6 +31,7 @@ int32_t nm_linear_avx2(const NMLinear& call);
 int32_t nm_linear_avx512(const NMLinear& call);
 int32_t nm_linear_avx512_bf16(const NMLinear& call);
 int32_t nm_linear_amx_bf16(const NMLinear& call);
+int32_t nm_linear_avx512_vnni(const NMLinear& call);
 
 }  // namespace maskpro
 

@@ -91,12 +91,30 @@ void check_scale(const Tensor& scale, int32_t weight_dtype, int64_t out_features
          dtypes.name(scale.dtype()) + " " + scale.shape());
 }
 
+// What is rounded to 8 bits, or must not be.
+void check_eight_bit(int64_t isa, const Tensor& x_scale, int64_t n, int64_t m, int32_t weight_dtype,
+                     int64_t in_features) {
+  if (isa == MASKPRO_AVX512_VNNI && (n != 2 || m != 4 || weight_dtype != MASKPRO_I8 || in_features >= 1 << 18)) {
+    refuse("expected a 2:4 int8 weight with in_features below 262144 for activations of 8 bits, found " +
+           std::to_string(n) + ":" + std::to_string(m) + " " + dtypes.all[weight_dtype].name + " with " +
+           std::to_string(in_features));
+  }
+  if (!x_scale) return;
+  if (isa != MASKPRO_AVX512_VNNI) {
+    refuse("x_scale: expected none with instruction set " + std::to_string(isa) + ", which does not round activations");
+  }
+  if (x_scale.dtype() != dtypes.all[MASKPRO_F32].torch || x_scale.numel() != 1) {
+    refuse("x_scale: expected one number of torch.float32 on cpu, found " + dtypes.name(x_scale.dtype()) + " " +
+           x_scale.shape());
+  }
+}
+
 // nm_linear_interleaved(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, int out_features, int in_features, int n,
-// int m, ScalarType dtype, int isa) -> Tensor
+// int m, ScalarType dtype, int isa, Tensor? x_scale=None) -> Tensor
 void nm_linear_interleaved(Value* stack, uint64_t, uint64_t) {
   // Owned before anything is refused.
   Tensor x(stack[0]), weight(stack[1]);
-  Tensor scale = Tensor::optional(stack[2]), bias = Tensor::optional(stack[3]);
+  Tensor scale = Tensor::optional(stack[2]), bias = Tensor::optional(stack[3]), x_scale = Tensor::optional(stack[10]);
   const auto out_features = static_cast<int64_t>(stack[4]), in_features = static_cast<int64_t>(stack[5]);
   const auto n = static_cast<int64_t>(stack[6]), m = static_cast<int64_t>(stack[7]);
   const auto stored = static_cast<int32_t>(stack[8]);
@@ -110,9 +128,10 @@ void nm_linear_interleaved(Value* stack, uint64_t, uint64_t) {
   if (weight_dtype < 0) refuse("expected kept values of a 16 or 32 bit float or int8, found " + dtypes.name(stored));
   check_weight(weight, in_features, out_features, n, m, weight_dtype);
   check_scale(scale, weight_dtype, out_features);
-  if (isa < MASKPRO_PORTABLE || isa > MASKPRO_AMX_BF16) {
-    refuse("expected the number of an instruction set, 0 to 4, found " + std::to_string(isa));
+  if (isa < MASKPRO_PORTABLE || isa > MASKPRO_AVX512_VNNI) {
+    refuse("expected the number of an instruction set, 0 to 5, found " + std::to_string(isa));
   }
+  check_eight_bit(isa, x_scale, n, m, weight_dtype, in_features);
   int32_t bias_dtype = 0;
   if (bias) {
     if (bias.dim() != 1 || bias.numel() != out_features) {
@@ -137,7 +156,7 @@ void nm_linear_interleaved(Value* stack, uint64_t, uint64_t) {
   const auto begin = sampled ? std::chrono::steady_clock::now() : std::chrono::steady_clock::time_point();
   const int32_t status = maskpro_nm_linear(
       y.data(), x.data(), weight.data(), scale ? static_cast<const float*>(scale.data()) : nullptr,
-      bias ? bias.data() : nullptr, tokens, in_features, out_features, static_cast<int32_t>(n), static_cast<int32_t>(m),
+      x_scale ? static_cast<const float*>(x_scale.data()) : nullptr, bias ? bias.data() : nullptr, tokens, in_features, out_features, static_cast<int32_t>(n), static_cast<int32_t>(m),
       act_dtype, weight_dtype, bias_dtype, static_cast<int32_t>(isa), static_cast<int32_t>(threads));
   if (status != MASKPRO_OK) {
     const char* const names[] = {"", "bad argument", "instruction set not available", "out of memory"};

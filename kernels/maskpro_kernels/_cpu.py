@@ -17,10 +17,14 @@ from torch import Tensor
 
 from maskpro_kernels.errors import NativeLibraryError
 
-ABI_VERSION = 8
+ABI_VERSION = 9
 LIBRARY_NAME = "libmaskpro_kernels.so"
 
-ISA_CODES = {"portable": 0, "avx2": 1, "avx512": 2, "avx512-bf16": 3, "amx-bf16": 4}
+ISA_CODES = {"portable": 0, "avx2": 1, "avx512": 2, "avx512-bf16": 3, "amx-bf16": 4, "avx512-vnni": 5}
+BACKENDS = {code: f"cpu-{isa}" for isa, code in ISA_CODES.items()}
+"""What :mod:`maskpro_kernels.support` calls them."""
+ROUNDING_ISAS = ("avx512-vnni",)
+"""Those whose kernels round activations to 8 bits."""
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 _STATUS = {1: "bad argument", 2: "instruction set not available", 3: "out of memory"}
 
@@ -102,7 +106,7 @@ def library() -> ctypes.CDLL:
     lib.maskpro_interleaved_bytes.restype = i64
     lib.maskpro_interleave.argtypes = [pointer] * 3 + [i64, i64] + [i32] * 4
     lib.maskpro_interleave.restype = i32
-    lib.maskpro_nm_linear.argtypes = [pointer] * 5 + [i64] * 3 + [i32] * 7
+    lib.maskpro_nm_linear.argtypes = [pointer] * 6 + [i64] * 3 + [i32] * 7
     lib.maskpro_nm_linear.restype = i32
     lib.maskpro_sample_calls.argtypes = [i64]
     lib.maskpro_sample_calls.restype = None
@@ -122,12 +126,19 @@ def library() -> ctypes.CDLL:
 
 @functools.cache
 def available_isas() -> tuple[str, ...]:
-    """Instruction sets this build and this machine both have, the fastest first."""
-    lib = library()
-    fastest = lib.maskpro_fastest_isa()
-    codes = sorted(ISA_CODES.values(), key=lambda code: (code == fastest, code), reverse=True)
-    names = {code: isa for isa, code in ISA_CODES.items()}
-    return tuple(names[code] for code in codes if lib.maskpro_isa_available(code))
+    """Instruction sets this build and this machine both have, the fastest first, but for those of ROUNDING_ISAS."""
+    fastest = library().maskpro_fastest_isa()
+    names = [isa for isa in ISA_CODES if isa not in ROUNDING_ISAS and isa_available(isa)]
+    return tuple(sorted(names, key=lambda isa: (ISA_CODES[isa] == fastest, ISA_CODES[isa]), reverse=True))
+
+
+def isa_available(isa: str) -> bool:
+    """Whether this build and this machine both have it.
+
+    Raises:
+        NativeLibraryError: as :func:`library`.
+    """
+    return library().maskpro_isa_available(ISA_CODES[isa]) == 1
 
 
 def bind_threads(cores: Sequence[int]) -> bool:

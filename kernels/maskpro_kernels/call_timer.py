@@ -17,7 +17,6 @@ from maskpro_kernels.pattern import NMPattern
 
 MOST_WAITING = 4096
 """Calls that are kept until they are taken; those beyond are dropped."""
-_BACKENDS = {code: f"cpu-{isa}" for isa, code in _cpu.ISA_CODES.items()}
 _pattern = functools.cache(NMPattern)
 _buffer = (_cpu.Sample * MOST_WAITING)()
 _lock = Lock()
@@ -69,6 +68,6 @@ def take_timed() -> list[TimedCall]:
     with _lock:
         count = library.maskpro_take_samples(ctypes.addressof(_buffer), MOST_WAITING)
         return [
-            TimedCall(_BACKENDS[one.isa], _pattern(one.n, one.m), one.tokens, one.weight_bytes, one.seconds)
+            TimedCall(_cpu.BACKENDS[one.isa], _pattern(one.n, one.m), one.tokens, one.weight_bytes, one.seconds)
             for one in _buffer[:count]
         ]

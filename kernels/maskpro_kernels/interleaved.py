@@ -15,12 +15,15 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from maskpro_kernels import _cpu
+from maskpro_kernels.activations import EightBitInputs
 from maskpro_kernels.bits import pack_bits
 from maskpro_kernels.packing import WEIGHT_DTYPES, NMWeight
 from maskpro_kernels.pattern import NMPattern
-from maskpro_kernels.support import select_backend
+from maskpro_kernels.support import Backend, select_backend
 
 _ROWS = 16
+MOST_ROUNDED = 1 << 18
+"""The in_features from which on sums of 8-bit products might not fit 32 bits."""
 DENSE = NMPattern(4, 4)
 """The pattern of a weight that keeps everything: no index is stored, and any in_features that 4 divides will do."""
 
@@ -36,6 +39,8 @@ class InterleavedWeight:
         pattern: the (N:M) pattern.
         dtype: of the kept values.
         isa: the instruction set that MASKPRO_KERNEL or the machine chose for it, :attr:`Backend.isa_code`.
+        x_scale: float32, one number: what activations are rounded to multiples of, if the backend rounds them; None
+            gives every token its own.
     """
 
     data: Tensor
@@ -44,6 +49,12 @@ class InterleavedWeight:
     pattern: NMPattern
     dtype: torch.dtype
     isa: int
+    x_scale: Tensor | None = None
+
+    @property
+    def backend(self) -> str:
+        """The name of what multiplies it."""
+        return _cpu.BACKENDS[self.isa]
 
     @property
     def nbytes(self) -> int:
@@ -51,19 +62,27 @@ class InterleavedWeight:
         return self.data.nbytes + (0 if self.scale is None else self.scale.nbytes)
 
 
-def interleave(weight: NMWeight) -> InterleavedWeight:
+def interleave(weight: NMWeight, inputs: EightBitInputs | None = None) -> InterleavedWeight:
     """Brings a packed weight on the CPU into the kernels' order.
 
+    Args:
+        weight: packed.
+        inputs: how activations may be rounded, where that is faster; None if they may not.
+
     Raises:
+        UnsupportedKernelError: no backend covers it.
         ValueError: the weight is on another device, or MASKPRO_KERNEL asks for a backend that reads stored weights.
 
     Cost: reads the weight and writes as much, on all threads; both are in memory until the caller drops the first.
     """
     _on_cpu(weight.values)
-    isa = _isa(weight.pattern, weight.values.dtype)
-    data = _interleaved(weight.values, weight.bitmask, weight.shape[1], weight.pattern)
+    dtype, columns = weight.values.dtype, weight.shape[1]
+    may_round = inputs is not None and inputs.dtype == dtype and columns < MOST_ROUNDED
+    backend = _backend(weight.pattern, dtype, may_round=may_round)
+    data = _interleaved(weight.values, weight.bitmask, columns, weight.pattern)
     scale = None if weight.scale is None else weight.scale.contiguous()
-    return InterleavedWeight(data, scale, weight.shape, weight.pattern, weight.values.dtype, isa)
+    x_scale = inputs.scale if inputs is not None and backend.rounds else None
+    return InterleavedWeight(data, scale, weight.shape, weight.pattern, dtype, backend.isa_code, x_scale)
 
 
 def interleave_dense(weight: Tensor) -> InterleavedWeight:
@@ -76,9 +95,9 @@ def interleave_dense(weight: Tensor) -> InterleavedWeight:
     if weight.dtype not in WEIGHT_DTYPES:
         raise ValueError(f"interleave: expected one of {WEIGHT_DTYPES}, found {weight.dtype}")
     DENSE.kept(weight.shape[1])
-    isa = _isa(DENSE, weight.dtype)
+    backend = _backend(DENSE, weight.dtype)
     data = _cpu.interleave(weight.contiguous(), None, weight.shape[1], DENSE.n, DENSE.m, torch.get_num_threads())
-    return InterleavedWeight(data, None, (weight.shape[0], weight.shape[1]), DENSE, weight.dtype, isa)
+    return InterleavedWeight(data, None, (weight.shape[0], weight.shape[1]), DENSE, weight.dtype, backend.isa_code)
 
 
 def packed_again(weight: InterleavedWeight) -> NMWeight:
@@ -107,11 +126,12 @@ def packed_again(weight: InterleavedWeight) -> NMWeight:
     return NMWeight(values, pack_bits(bits), weight.shape, pattern, weight.scale)
 
 
-def _isa(pattern: NMPattern, dtype: torch.dtype) -> int:
-    backend = select_backend(pattern, torch.float32, dtype, "cpu")  # one that takes float32 takes 16 bits as well
+def _backend(pattern: NMPattern, dtype: torch.dtype, *, may_round: bool = False) -> Backend:
+    # One that takes float32 takes 16 bits as well.
+    backend = select_backend(pattern, torch.float32, dtype, "cpu", may_round=may_round)
     if backend.isa is None:
         raise ValueError(f"interleave: {backend.name} reads weights as they are stored, not interleaved ones")
-    return backend.isa_code
+    return backend
 
 
 def _on_cpu(weight: Tensor) -> None:

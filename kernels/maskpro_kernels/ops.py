@@ -29,7 +29,7 @@ _library.define(
 )
 _library.define(
     "nm_linear_interleaved(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, int out_features, int in_features, "
-    "int n, int m, ScalarType dtype, int isa) -> Tensor"
+    "int n, int m, ScalarType dtype, int isa, Tensor? x_scale=None) -> Tensor"
 )
 
 
@@ -57,7 +57,7 @@ def nm_linear(x: Tensor, weight: NMWeight | InterleavedWeight, bias: Tensor | No
     if isinstance(weight, NMWeight):
         return torch.ops.maskpro.nm_linear(x, weight.values, weight.bitmask, weight.scale, bias, n, m)
     return torch.ops.maskpro.nm_linear_interleaved(
-        x, weight.data, weight.scale, bias, *weight.shape, n, m, weight.dtype, weight.isa
+        x, weight.data, weight.scale, bias, *weight.shape, n, m, weight.dtype, weight.isa, weight.x_scale
     )
 
 
@@ -147,7 +147,7 @@ def _fake(
 
 def _fake_interleaved(
     x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, out_features: int, in_features: int, n: int,
-    m: int, dtype: torch.dtype, isa: int,
+    m: int, dtype: torch.dtype, isa: int, x_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     return x.new_empty((*x.shape[:-1], out_features))
 

@@ -35,6 +35,7 @@ class Backend:
         multiples: what out_features and in_features must be multiples of.
         prepared: what it needs that :func:`maskpro_kernels.cuda.prepare` makes: the name of a part of
             :class:`maskpro_kernels.cuda.dispatch.Metadata`, or None.
+        rounds: it rounds activations to 8 bits, which a checkpoint must allow.
         missing: says why this process cannot run it, or None if it can.
     """
 
@@ -49,6 +50,7 @@ class Backend:
     before: tuple[int, int] | None = None
     multiples: tuple[int, int] = (1, 1)
     prepared: str | None = None
+    rounds: bool = False
     missing: Callable[[], str | None] | None = None
 
     def uncovered(self, pattern: NMPattern, activation: torch.dtype, weight: torch.dtype, device: str) -> str | None:
@@ -99,7 +101,7 @@ class Backend:
         if self.isa is None:
             return None
         try:
-            return None if self.isa in _cpu.available_isas() else f"this machine has no {self.isa}"
+            return None if _cpu.isa_available(self.isa) else f"this machine has no {self.isa}"
         except NativeLibraryError as error:
             return str(error)
 
@@ -134,6 +136,9 @@ _TWO_OF_FOUR = (NMPattern(2, 4),)
 BACKENDS = (
     # Activations or weights that it has no products of are the next one's, under its name.
     Backend("cpu-amx-bf16", ("cpu",), _FLOATS, _KEPT, isa="amx-bf16"),
+    Backend(
+        "cpu-avx512-vnni", ("cpu",), _FLOATS, (torch.int8,), isa="avx512-vnni", patterns=_TWO_OF_FOUR, rounds=True
+    ),
     Backend("cpu-avx512-bf16", ("cpu",), _FLOATS, _KEPT, isa="avx512-bf16"),
     Backend("cpu-avx512", ("cpu",), _FLOATS, _KEPT, isa="avx512"),
     Backend("cpu-avx2", ("cpu",), _FLOATS, _KEPT, isa="avx2"),
@@ -151,11 +156,11 @@ BACKENDS = (
     # Activations of 8 bits as well. The multiples are torch's (torch.sparse.SparseSemiStructuredTensorCUSPARSELT).
     Backend(
         "cusparselt-int8", ("cuda",), _HALVES, (torch.int8,), patterns=_TWO_OF_FOUR, capability=(8, 0),
-        multiples=(32, 32), prepared="eight_bit", missing=_no_cusparselt_int8,
+        multiples=(32, 32), prepared="eight_bit", rounds=True, missing=_no_cusparselt_int8,
     ),
     Backend(
         "cusparselt-fp8", ("cuda",), _HALVES, (torch.float8_e4m3fn,), patterns=_TWO_OF_FOUR, capability=(8, 9),
-        multiples=(32, 32), prepared="eight_bit", missing=_no_cusparselt_fp8,
+        multiples=(32, 32), prepared="eight_bit", rounds=True, missing=_no_cusparselt_fp8,
     ),
     Backend("reference", ("cpu", "cuda"), (*_FLOATS, torch.float64), (*_KEPT_ON_GPU, torch.float64)),
 )  # fmt: skip
@@ -164,9 +169,29 @@ BACKENDS = (
 _FAMILIES = ("auto", "cpu")
 
 
-def select_backend(pattern: NMPattern, activation: torch.dtype, weight: torch.dtype, device: str) -> Backend:
-    """The backend that runs ``nm_linear`` for these types, as MASKPRO_KERNEL asks; the first of :func:`candidates`."""
-    return candidates(pattern, activation, weight, device)[0]
+def select_backend(
+    pattern: NMPattern, activation: torch.dtype, weight: torch.dtype, device: str, *, may_round: bool = False
+) -> Backend:
+    """The backend that runs ``nm_linear`` for these types, as MASKPRO_KERNEL asks; the first of :func:`candidates`.
+
+    Args:
+        pattern: the (N:M) pattern of the weight.
+        activation: dtype of x.
+        weight: dtype of the kept values.
+        device: torch device type, ``cpu`` or ``cuda``.
+        may_round: whether activations may be rounded to 8 bits. (On a GPU that is asked later: cuda/preparation.py.)
+
+    Raises:
+        UnsupportedKernelError: as :func:`candidates`; or MASKPRO_KERNEL asks for rounding that is not allowed.
+        ValueError: as :func:`candidates`.
+    """
+    found = candidates(pattern, activation, weight, device)
+    for backend in found:
+        if may_round or not backend.rounds or device != "cpu":
+            return backend
+    raise UnsupportedKernelError(
+        f"{found[0].name} rounds activations to 8 bits, which this weight does not allow: its checkpoint has to say so"
+    )
 
 
 def candidates(
@@ -223,4 +248,7 @@ def _candidates(
 
 
 def _is_slower_isa(backend: Backend) -> bool:
-    return backend.isa is not None and backend.isa != _cpu.available_isas()[0]
+    fastest = _cpu.available_isas()[0] if backend.isa is not None else None
+    if backend.rounds:  # not compared with tiles yet
+        return fastest == "amx-bf16"
+    return backend.isa != fastest

@@ -101,12 +101,12 @@ class NMLinearMethod(LinearMethodBase):
         if not hasattr(layer, "bitmask"):
             return torch.ops.maskpro.nm_linear_interleaved(
                 x, layer.weight_packed, scale, bias, *layer.maskpro_shape, pattern.n, pattern.m, layer.maskpro_dtype,
-                layer.maskpro_isa,
+                layer.maskpro_isa, getattr(layer, "maskpro_x_scale", None),
             )  # fmt: skip
         return torch.ops.maskpro.nm_linear(x, layer.weight_packed, layer.bitmask, scale, bias, pattern.n, pattern.m)
 
     def _keep(self, layer: Any, weight: NMWeight, inputs: EightBitInputs | None) -> None:
-        """Puts a layer's weight in the order that its backend reads; only a GPU's may round activations."""
+        """Puts a layer's weight in the order that its backend reads."""
         activation_dtype = get_current_vllm_config().model_config.dtype
         backend = select_backend(weight.pattern, activation_dtype, weight.values.dtype, weight.values.device.type)
         layer.maskpro_pattern, layer.maskpro_shape, layer.maskpro_dtype = (
@@ -126,10 +126,12 @@ class NMLinearMethod(LinearMethodBase):
             layer.weight_packed = Parameter(weight.values, requires_grad=False)
             layer.bitmask = Parameter(weight.bitmask, requires_grad=False)
         else:  # the CPU's own order replaces the stored one, layer by layer: never both of the whole model
-            order = interleave(weight)
-            nbytes = order.nbytes
+            order = interleave(weight, inputs)
+            nbytes, names = order.nbytes, order.backend
             layer.weight_packed = Parameter(order.data, requires_grad=False)
             layer.maskpro_isa = order.isa
+            if order.x_scale is not None:
+                layer.maskpro_x_scale = Parameter(order.x_scale, requires_grad=False)
         if weight.scale is not None:
             layer.weight_scale = Parameter(weight.scale.contiguous(), requires_grad=False)
         if weight.pattern == self.config.pattern:

@@ -98,8 +98,8 @@ def check_stays_within_its_buffers(isa, pattern, groups, rows, tokens, dtypes, t
         assert status == OK
         assert torch.equal(order, expected_order.data)
         status = library.maskpro_nm_linear(
-            y.data_ptr(), x_in.data_ptr(), order.data_ptr(), scale_in.data_ptr(), bias_in.data_ptr(), tokens, columns,
-            rows, pattern.n, pattern.m, CODES[activation], CODES[kept], CODES[bias_dtype], _cpu.ISA_CODES[isa],
+            y.data_ptr(), x_in.data_ptr(), order.data_ptr(), scale_in.data_ptr(), None, bias_in.data_ptr(), tokens,
+            columns, rows, pattern.n, pattern.m, CODES[activation], CODES[kept], CODES[bias_dtype], _cpu.ISA_CODES[isa],
             threads,
         )  # fmt: skip
         assert status == OK

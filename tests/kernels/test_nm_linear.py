@@ -63,7 +63,7 @@ def run_on_nan(x: torch.Tensor, weight: NMWeight, bias: torch.Tensor | None, isa
     order = interleave(weight)
     status = _cpu.library().maskpro_nm_linear(
         y.data_ptr(), x.data_ptr(), order.data.data_ptr(),
-        None if weight.scale is None else weight.scale.data_ptr(), None if bias is None else bias.data_ptr(),
+        None if weight.scale is None else weight.scale.data_ptr(), None, None if bias is None else bias.data_ptr(),
         x.shape[0], weight.shape[1], weight.shape[0], weight.pattern.n, weight.pattern.m, codes[x.dtype],
         codes[weight.values.dtype], 0 if bias is None else codes[bias.dtype], _cpu.ISA_CODES[isa], threads,
     )  # fmt: skip
