@@ -14,5 +14,5 @@ site=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)" \
   ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH="$folder:$site" \
   "$python" -S -m pytest -p no:cacheprovider tests/kernels/test_packing.py tests/kernels/test_nm_linear.py \
-  tests/kernels/test_bounds.py \
+  tests/kernels/test_bounds.py tests/kernels/test_rounded_activations.py \
   tests/kernels/test_policy_step.py --deselect tests/kernels/test_nm_linear.py::test_is_one_node_under_torch_compile

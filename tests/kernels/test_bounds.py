@@ -70,8 +70,20 @@ def test_every_way_to_expand_a_weight_stays_within_its_buffers(isa, pattern, kep
             check_stays_within_its_buffers(isa, NMPattern.parse(pattern), groups, 5, tokens, dtypes, 1)
 
 
+@given(
+    groups=st.integers(1, 12) | st.integers(13, 528),
+    rows=st.integers(1, 9) | st.integers(40, 60) | st.sampled_from([130, 400]),
+    tokens=st.integers(1, 8) | st.integers(9, 70) | st.integers(250, 530),
+    dtypes=st.tuples(st.sampled_from(FLOATS), st.just(torch.int8), st.sampled_from(FLOATS)),
+    threads=st.integers(1, 2),
+)
+@settings(max_examples=150)
+def test_rounding_activations_stays_within_its_buffers(groups, rows, tokens, dtypes, threads):
+    check_stays_within_its_buffers("avx512-vnni", NMPattern(2, 4), groups, rows, tokens, dtypes, threads)
+
+
 def check_stays_within_its_buffers(isa, pattern, groups, rows, tokens, dtypes, threads):
-    if isa not in _cpu.available_isas():
+    if not _cpu.isa_available(isa):
         pytest.skip(f"this machine has no {isa}")
     columns = min(groups * pattern.m, 2112)
     activation, kept, bias_dtype = dtypes
@@ -115,7 +127,7 @@ def call(**changes: int | None) -> tuple[int, torch.Tensor]:
     y, x = torch.full((2, 3), torch.nan), torch.ones(2, 16)
     arguments: dict[str, int | None] = {
         "y": y.data_ptr(), "x": x.data_ptr(), "weight": weight.data.data_ptr(),
-        "scale": None, "bias": None, "tokens": 2, "in_features": 16, "out_features": 3,
+        "scale": None, "x_scale": None, "bias": None, "tokens": 2, "in_features": 16, "out_features": 3,
         "n": 2, "m": 4, "act_dtype": 0, "weight_dtype": 0, "bias_dtype": 0, "isa": 0, "threads": 1,
     }  # fmt: skip
     assert changes.keys() <= arguments.keys()
@@ -135,7 +147,8 @@ def test_a_valid_call():
         {"tokens": -1}, {"out_features": -1}, {"tokens": 1 << 31},
         {"in_features": 1 << 31}, {"act_dtype": 3}, {"act_dtype": 4},
         {"weight_dtype": -1}, {"weight_dtype": 4},
-        {"bias": 1, "bias_dtype": 3}, {"threads": 0}, {"y": None}, {"x": None}, {"weight": None},
+        {"isa": 5}, {"isa": 5, "weight_dtype": 3, "n": 1}, {"isa": 5, "weight_dtype": 3, "in_features": 1 << 18},
+        {"x_scale": 1}, {"bias": 1, "bias_dtype": 3}, {"threads": 0}, {"y": None}, {"x": None}, {"weight": None},
     ],
     ids=str,
 )  # fmt: skip
@@ -145,7 +158,7 @@ def test_impossible_arguments_leave_the_output_untouched(changes):
     assert torch.isnan(y).all()
 
 
-@pytest.mark.parametrize("isa", [-1, 5])
+@pytest.mark.parametrize("isa", [-1, 6])
 def test_unknown_instruction_set(isa):
     status, y = call(isa=isa)
     assert status == NO_ISA
