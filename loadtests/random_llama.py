@@ -1,6 +1,6 @@
 """Writes a Llama with random weights, dense and packed 2:4, to measure what weights of its size cost.
 
-    python loadtests/random_llama.py [--shape 7b] [--values int8] [--output FOLDER]
+    python loadtests/random_llama.py [--shape 7b] [--values int8 [--activations int8]] [--output FOLDER]
     make loadtest ARGS="--model-a FOLDER/sparse --model-b FOLDER/dense --output build/loadtest-1.1b"
     python loadtests/footprint.py FOLDER/sparse FOLDER/dense
 
@@ -97,14 +97,14 @@ def cut_tokenizer(size: int) -> PreTrainedTokenizerFast:
     )
 
 
-def pack(dense: Path, sparse: Path, values: str | None) -> None:
+def pack(dense: Path, sparse: Path, options: list[str]) -> None:
     """A magnitude mask and the packed model, by the project's own commands."""
     programs = Path(sys.executable).parent
     with tempfile.TemporaryDirectory(dir=sparse.parent, prefix=".mask-") as temporary:
         mask = Path(temporary) / "mask.safetensors"
         learn = ["maskpro-learn", "--model", dense, "--pattern", "2:4", "--init", "magnitude", "--output", mask]
         packing = ["maskpro-pack", "--model", dense, "--mask", mask, "--output", sparse]
-        for command in ([*learn, "--dtype", "bfloat16"], [*packing, *(["--values", values] if values else [])]):
+        for command in ([*learn, "--dtype", "bfloat16"], [*packing, *options]):
             subprocess.run([programs / command[0], *map(str, command[1:])], check=True)
 
 
@@ -114,15 +114,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="1.1b", help="(default 1.1b)")
     parser.add_argument("--values", choices=["int8"], help="of the packed model, in sparse-int8/ (default bfloat16)")
+    parser.add_argument("--activations", choices=["int8"], help="the same, in sparse-int8-int8/ (default bfloat16)")
     parser.add_argument("--output", type=Path, help="folder for dense/ and sparse/ (default random-SHAPE in the cache)")
     arguments = parser.parse_args()
     folder: Path = arguments.output or cache / f"random-{arguments.shape}"
     check_shape(folder, arguments.shape)
     if not (folder / "dense").is_dir():
         write_dense(folder / "dense", arguments.shape)
-    sparse = folder / ("sparse-int8" if arguments.values else "sparse")
+    given = {name: kind for name in ("values", "activations") if (kind := getattr(arguments, name))}
+    sparse = folder / "-".join(["sparse", *given.values()])
     if not sparse.is_dir():
-        pack(folder / "dense", sparse, arguments.values)
+        pack(folder / "dense", sparse, [word for name, kind in given.items() for word in (f"--{name}", kind)])
     print(f"--model-a {sparse} --model-b {folder / 'dense'}")
 
 

@@ -18,7 +18,7 @@ from maskpro_kernels import LowRank, NMPattern, read_recovery
 from maskpro_kernels.base_model import model_folder, other_base, weights_sha256
 from maskpro_kernels.mask_sources import MaskSource, open_masks
 from maskpro_kernels.model_folder import CheckpointError
-from maskpro_kernels.packed_checkpoint import PackedFormat
+from maskpro_kernels.packed_checkpoint import PackedFormat, check_eight_bits
 from maskpro_serve.dense_model import DenseModel, open_dense_model
 from maskpro_serve.packing_plan import Plan, packed_specs, plan_by_masks, plan_by_zeros, plan_shards
 from maskpro_serve.partial_output import PartialOutput, file_identity, partial_output
@@ -64,6 +64,7 @@ def convert(
     pattern: NMPattern | Literal["auto"] | None = None,
     recovery: str | os.PathLike[str] | None = None,
     values: str | None = None,
+    activations: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     progress: bool = False,
 ) -> ConversionReport:
@@ -80,6 +81,7 @@ def convert(
             that makes the checkpoint smallest. With a mask file, must agree with it.
         recovery: a recovery file made with this mask: its low-rank updates are merged into the kept weights.
         values: ``int8`` rounds the kept values to 8 bits, with a scale for each output; None keeps them as they are.
+        activations: ``int8``, beside int8 values, allows whoever serves the model to round activations as well.
         shard_bytes: the largest file to write, but for a tensor that is larger.
         progress: draw a progress bar on stderr.
 
@@ -96,8 +98,7 @@ def convert(
     The model's files are read once, and beside that hashed where the mask says which weights it was made for.
     """
     target = Path(output)
-    if values not in (None, "int8"):
-        raise CheckpointError(f"values: expected 'int8' or none, found {values!r}")
+    check_eight_bits(values, activations)
     if target.exists():
         raise FileExistsError(f"{target}: already exists; remove it or choose another --output")
     source = model_folder(os.fspath(model))
@@ -116,7 +117,8 @@ def convert(
     updates = _recovery(recovery, masks, dense, provenance)
     claims = [] if masks is None else [(masks.path, provenance)]
     check = _BaseCheck(source, claims if recovery is None else [*claims, (Path(recovery), provenance["recovery"])])
-    with partial_output(target, _inputs(dense, mask, pattern, recovery, values, shard_bytes)) as partial:
+    inputs = _inputs(dense, mask, pattern, recovery, values, activations, shard_bytes)
+    with partial_output(target, inputs) as partial:
         plan = _plan(partial, dense, masks, None if pattern == "auto" else pattern, progress)
         shards = plan_shards(dense, plan, values, shard_bytes)
         resumed = sum((partial.folder / shard.file).exists() for shard in shards)
@@ -126,7 +128,7 @@ def convert(
                 write_shard(partial.folder / shard.file, shard, packer, advance)
         warnings = check.warnings(provenance)
         write_rest(partial.folder, dense, shards, PackedFormat(
-            plan.pattern, ("lm_head", *sorted({*plan.dense, *dense.beyond})), provenance, values,
+            plan.pattern, ("lm_head", *sorted({*plan.dense, *dense.beyond})), provenance, values, activations,
         ))  # fmt: skip
     linears = [dense.headers[f"{prefix}.weight"] for prefix in plan.packed]
     packed_bytes = sum(
@@ -159,7 +161,7 @@ def _plan(
 
 def _inputs(
     dense: DenseModel, mask: str | os.PathLike[str] | None, pattern: NMPattern | str | None,
-    recovery: str | os.PathLike[str] | None, values: str | None, shard_bytes: int,
+    recovery: str | os.PathLike[str] | None, values: str | None, activations: str | None, shard_bytes: int,
 ) -> dict[str, Any]:  # fmt: skip
     """All that the output depends on."""
     files = sorted({info.file for info in dense.headers.values()})
@@ -168,8 +170,8 @@ def _inputs(
         files += sorted(each for each in path.iterdir() if each.is_file()) if path.is_dir() else [path]
     return {
         "layout": _LAYOUT, "files": [file_identity(path) for path in files], "config": dense.config,
-        "pattern": None if pattern is None else str(pattern), "values": values, "shard_bytes": shard_bytes,
-        "given": [str(path) for path in given],
+        "pattern": None if pattern is None else str(pattern), "values": values, "activations": activations,
+        "shard_bytes": shard_bytes, "given": [str(path) for path in given],
     }  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from maskpro_kernels.packed_checkpoint import (
 )
 from maskpro_kernels.support import select_backend
 from maskpro_serve.dense_model import open_dense_model
+from maskpro_serve.scheme import LinearScheme, scheme_of_packed
 from maskpro_serve.served import check_served, legacy_format
 from maskpro_serve.zero_patterns import count_zeros
 
@@ -87,7 +88,7 @@ def inspect(folder: Path) -> Inspection:
     if packed is not None:
         for name in (names := checked_names(folder, headers, packed)):
             read_packed(headers, name, packed, contents=False)
-        layers = tuple(_packed_layer(headers, name, packed.pattern) for name in names)
+        layers = tuple(_packed_layer(headers, name, packed.pattern, scheme_of_packed(packed, name)) for name in names)
         ignored = frozenset(packed.ignore)
         dense = [info for name, info in headers.items() if name.removesuffix(".weight") in ignored]
         layers += tuple(_dense_layer(info) for info in dense if len(info.shape) == 2 and info.name != "lm_head.weight")
@@ -95,7 +96,9 @@ def inspect(folder: Path) -> Inspection:
     if (legacy := legacy_format(folder)) is not None:
         check_served(folder, contents=False)
         if legacy.compressed:
-            layers = tuple(_packed_layer(headers, name, legacy.pattern) for name in packed_names(headers))
+            layers = tuple(
+                _packed_layer(headers, name, legacy.pattern, legacy.scheme(name)) for name in packed_names(headers)
+            )
             return _inspection(folder, "sparse-24-bitmask", legacy.pattern, layers, headers, {})
         if legacy.groups:
             scaled = (name.removesuffix(SCALE_SUFFIX) for name in headers if name.endswith(SCALE_SUFFIX))
@@ -114,7 +117,9 @@ def _inspection(
     return Inspection(str(folder), kind, None if pattern is None else str(pattern), layers, other, provenance)
 
 
-def _packed_layer(headers: Mapping[str, TensorInfo], name: str, pattern: NMPattern) -> Layer:
+def _packed_layer(
+    headers: Mapping[str, TensorInfo], name: str, pattern: NMPattern, scheme: LinearScheme | None
+) -> Layer:
     parts = [headers[key] for suffix in (*SUFFIXES, SCALE_SUFFIX) if (key := name + suffix) in headers]
     values = headers.get(f"{name}.compressed")
     if values is None or len(values.shape) != 2 or values.dtype is None or values.shape[1] % pattern.n:
@@ -123,7 +128,7 @@ def _packed_layer(headers: Mapping[str, TensorInfo], name: str, pattern: NMPatte
     dense = shape[0] * shape[1] * max(2, values.dtype.itemsize)
     return Layer(
         name, str(pattern), shape, _name(values.dtype), sum(info.nbytes for info in parts), dense,
-        backends(pattern, values.dtype),
+        backends(pattern, values.dtype, may_round=scheme is not None and scheme.inputs == torch.int8),
     )  # fmt: skip
 
 
@@ -139,7 +144,7 @@ def _dense_layer(info: TensorInfo) -> Layer:
     )  # fmt: skip
 
 
-def backends(pattern: NMPattern, values: torch.dtype) -> dict[str, str]:
+def backends(pattern: NMPattern, values: torch.dtype, *, may_round: bool = False) -> dict[str, str]:
     """By device type of this machine, the kernel that would run a packed weight, or why none would.
 
     With float32 activations on the CPU and bfloat16 ones elsewhere.
@@ -152,7 +157,7 @@ def backends(pattern: NMPattern, values: torch.dtype) -> dict[str, str]:
         widened = device == "cpu" and values == torch.float8_e4m3fn  # when it is loaded
         kept = torch.bfloat16 if widened else values
         try:
-            found[device] = select_backend(pattern, activation, kept, device).name
+            found[device] = select_backend(pattern, activation, kept, device, may_round=may_round).name
         except ValueError as error:
             found[device] = f"none: {error}"
     return found

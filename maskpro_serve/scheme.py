@@ -35,4 +35,6 @@ def scheme_of_packed(packed: PackedFormat, name: str) -> LinearScheme | None:
     """How the linear of this name is stored in a packed checkpoint; None where it stayed dense."""
     if name in packed.ignore:
         return None
-    return LinearScheme(True) if packed.values is None else LinearScheme(True, torch.int8, "channel")
+    if packed.values is None:
+        return LinearScheme(True)
+    return LinearScheme(True, torch.int8, "channel", inputs=torch.int8 if packed.activations else None)

@@ -41,7 +41,8 @@ def rivals(
 ) -> tuple[NMWeight, list[Rival]]:  # fmt: skip
     """One random weight, and every way to multiply by it, ours first, which takes activations of ``act_dtype``.
 
-    int8 stands for bfloat16 ones that are rounded to 8 bits, each token by a scale of its own. Each way walks through enough copies of its weight to fill ``set_bytes``, so that none is found in a cache.
+    int8 stands for bfloat16 ones that are rounded to 8 bits, each token by a scale of its own. Each way walks through
+    enough copies of its weight to fill ``set_bytes``, so that none is found in a cache.
     """
     dense = torch.randn((rows, columns), generator=generator)
     weight = to_int8(pack(dense, pattern)) if weight_dtype == torch.int8 else pack(dense.to(weight_dtype), pattern)
@@ -96,7 +97,9 @@ def _ours(
     inputs: EightBitInputs | None = None,
 ) -> Rival:  # fmt: skip
     weight = load()
-    assert (weight.backend.removeprefix("cpu-") in _cpu.ROUNDING_ISAS) == (inputs is not None), f"{weight.backend} is not what was asked for"
+    assert (weight.backend.removeprefix("cpu-") in _cpu.ROUNDING_ISAS) == (inputs is not None), (
+        f"{weight.backend} is not what was asked for"
+    )
     copies = [weight, *(load() for _ in range(_copies(weight.nbytes, set_bytes) - 1))]
     following: Iterator[InterleavedWeight] = itertools.cycle(copies)
     weight_dtype = torch.float32 if name == OURS else weight.dtype  # ours is exactly the weight

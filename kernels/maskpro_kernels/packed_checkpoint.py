@@ -34,7 +34,7 @@ SUFFIXES = (".compressed", ".bitmask", ".shape")
 SCALE_SUFFIX = ".weight_scale"
 """With int8 values only."""
 
-_OWN_KEYS = {"quant_method", "format", "format_version", "pattern", "ignore", "values"}
+_OWN_KEYS = {"quant_method", "format", "format_version", "pattern", "ignore", "values", "activations"}
 
 
 def _foreign(entries: Mapping[str, Any]) -> dict[str, Any]:
@@ -51,12 +51,15 @@ class PackedFormat:
         ignore: names of linears that stayed dense.
         provenance: the rest: where the mask came from.
         values: ``int8``, or None for kept values of the model's own dtype.
+        activations: ``int8`` allows to round those of every packed linear, each token by a scale of its own; None does
+            not. Only beside int8 values.
     """
 
     pattern: NMPattern
     ignore: tuple[str, ...] = ()
     provenance: Mapping[str, Any] | None = None
     values: str | None = None
+    activations: str | None = None
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], where: str) -> PackedFormat:
@@ -84,10 +87,9 @@ class PackedFormat:
         ignore = config.get("ignore", [])
         if not isinstance(ignore, list) or not all(isinstance(name, str) for name in ignore):
             raise CheckpointError(f"{where}: ignore: expected a list of layer names, found {ignore!r}")
-        values = config.get("values")
-        if values not in (None, "int8"):
-            raise CheckpointError(f"{where}: values: expected 'int8' or none, found {values!r}")
-        return cls(pattern, tuple(ignore), _foreign(config), values)
+        values, activations = config.get("values"), config.get("activations")
+        check_eight_bits(values, activations, f"{where}: ")
+        return cls(pattern, tuple(ignore), _foreign(config), values, activations)
 
     def to_dict(self) -> dict[str, Any]:
         """The inverse of :meth:`from_dict`."""
@@ -98,8 +100,22 @@ class PackedFormat:
             "format_version": FORMAT_VERSION,
             "pattern": str(self.pattern),
             **({} if self.values is None else {"values": self.values}),
+            **({} if self.activations is None else {"activations": self.activations}),
             "ignore": list(self.ignore),
         }
+
+
+def check_eight_bits(values: object, activations: object, where: str = "") -> None:
+    """Checks what values and activations are rounded to; ``where`` begins a message.
+
+    Raises:
+        CheckpointError: neither ``int8`` nor None, or activations are rounded beside other values.
+    """
+    for name, found in (("values", values), ("activations", activations)):
+        if found not in (None, "int8"):
+            raise CheckpointError(f"{where}{name}: expected 'int8' or none, found {found!r}")
+    if activations is not None and values is None:
+        raise CheckpointError(f"{where}activations: expected none without int8 values, found {activations!r}")
 
 
 def packed_names(headers: Mapping[str, TensorInfo]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from vllm.platforms import current_platform
 import maskpro_kernels.ops  # noqa: F401  (registers torch.ops.maskpro in every vLLM process)
 from maskpro_kernels.packing import WEIGHT_DTYPES
 from maskpro_kernels.servable import ROUTERS
+from maskpro_kernels.support import select_backend
 from maskpro_serve.checkpoint import CheckpointError, PackedFormat
 from maskpro_serve.legacy import LegacyFormat, claims
 from maskpro_serve.metrics import LayerTally
@@ -87,15 +88,13 @@ class MaskProConfig(QuantizationConfig):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> MaskProConfig:
         if not claims(config):
-            return cls(PackedFormat.from_dict(config, where="quantization_config"))
+            packed = PackedFormat.from_dict(config, where="quantization_config")
+            if packed.values is not None:
+                _say_what_is_rounded([torch.int8 if packed.activations else None])
+            return cls(packed)
         legacy = LegacyFormat.from_dict(config, where="quantization_config")
-        if current_platform.is_cuda() and any(scheme.inputs for _, scheme in legacy.groups):
-            logger.info(
-                "maskpro: activations are rounded to 8 bits where that is measured to be faster; MASKPRO_KERNEL=triton "
-                "leaves them as they are"
-            )
-        elif legacy.groups:
-            logger.info("maskpro: activations are not quantized: 8-bit weights are multiplied by them as they are")
+        if legacy.groups:
+            _say_what_is_rounded(scheme.inputs for _, scheme in legacy.groups)
         return cls(legacy)
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
@@ -158,3 +157,22 @@ class MaskProConfig(QuantizationConfig):
         parent, _, name = prefix.rpartition(".")
         parts = self.packed_modules_mapping.get(name, [name])
         return [f"{parent}.{part}" if parent else part for part in parts]
+
+
+def _say_what_is_rounded(allowed: Iterable[torch.dtype | None]) -> None:
+    """Logs whether activations are rounded to 8 bits, of layers that allow it or (None) do not."""
+    dtypes = set(allowed)
+    exact = None
+    if current_platform.is_cuda() and dtypes - {None}:
+        exact = "triton"
+    elif current_platform.is_cpu() and torch.int8 in dtypes:
+        types = LegacyFormat.pattern, torch.float32, torch.int8, "cpu"
+        exact = select_backend(*types).name if select_backend(*types, may_round=True).rounds else None
+    if exact is None:
+        logger.info("maskpro: activations are not quantized: 8-bit weights are multiplied by them as they are")
+    else:
+        logger.info(
+            "maskpro: activations are rounded to 8 bits where that is faster; MASKPRO_KERNEL=%s leaves them as they "
+            "are",
+            exact,
+        )
