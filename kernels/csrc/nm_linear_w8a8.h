@@ -104,8 +104,8 @@ template <int kTokens>
     const __m512i indices = _mm512_loadu_si512(chunk);
     __builtin_prefetch(chunk + ahead);
     const int8_t* values = reinterpret_cast<const int8_t*>(chunk + chunk_index_bytes(2));
-#pragma GCC unroll 4
-    for (int slot = 0; slot < chunk_slots(2); slot += 4) {
+    for_slots<Avx512, chunk_slots(2) / 4>([&](int four) {
+      const int slot = 4 * four;
       const __m512i kept = _mm512_permutexvar_epi8(transpose, _mm512_loadu_si512(values + slot * kBlockRows));
       prefetch(values, slot, ahead);
       constexpr int kAndThenOr = 0xea;
@@ -119,7 +119,7 @@ template <int kTokens>
         memcpy(&eight, levels + t * stride + 2 * slot, sizeof eight);
         acc[t] = _mm512_dpbusd_epi32(acc[t], _mm512_shuffle_epi8(_mm512_set1_epi64(eight), places), kept);
       }
-    }
+    });
     chunk += kByteChunk;
     levels += kByteColumns;
   }
