@@ -67,12 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _serve(model: str, arguments: list[str]) -> int:
-    import torch
-
-    from maskpro_kernels.support import select_backend
     from maskpro_serve.checkpoint import CheckpointError
     from maskpro_serve.models import ALIASES, resolve_model
-    from maskpro_serve.served import check_served
+    from maskpro_serve.served import check_kernels, check_served
 
     given = with_config(arguments)
     if _runs_on_cpu():
@@ -82,7 +79,7 @@ def _serve(model: str, arguments: list[str]) -> int:
         packed = None if _is_vllms(Path(folder), given) else check_served(Path(folder), contents=True)
         if packed is not None and _runs_on_cpu():
             # Now, in a sentence, rather than in a worker after vLLM has started.
-            select_backend(packed.pattern, torch.float32, torch.bfloat16, "cpu")
+            check_kernels(packed)
     elif not _HUB_ID.fullmatch(folder) or Path(folder).parent.is_dir():
         near = difflib.get_close_matches(folder, ALIASES, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""

@@ -37,4 +37,4 @@ def scheme_of_packed(packed: PackedFormat, name: str) -> LinearScheme | None:
         return None
     if packed.values is None:
         return LinearScheme(True)
-    return LinearScheme(True, torch.int8, "channel", inputs=torch.int8 if packed.activations else None)
+    return LinearScheme(True, torch.int8, "channel", inputs=None if packed.activations is None else torch.int8)

@@ -18,9 +18,10 @@ from maskpro_kernels.packed_checkpoint import (
     part,
 )
 from maskpro_kernels.packing import WEIGHT_DTYPES, check_bitmask
+from maskpro_kernels.support import select_backend
 from maskpro_serve.checkpoint import check_checkpoint
 from maskpro_serve.legacy import LegacyFormat, claims, find_quantization
-from maskpro_serve.scheme import LinearScheme
+from maskpro_serve.scheme import LinearScheme, scheme_of_packed
 
 _HEAD = "lm_head"
 
@@ -46,6 +47,25 @@ def check_served(folder: Path, *, contents: bool) -> PackedFormat | LegacyFormat
         _check_layer(headers, name, scheme, contents=contents)
     check_listed(folder, headers)
     return legacy
+
+
+def stored_schemes(stored: PackedFormat | LegacyFormat) -> list[LinearScheme]:
+    """The ways in which a checkpoint's sparse or quantized linears are stored, by its configuration."""
+    if isinstance(stored, PackedFormat):
+        return [scheme for scheme in [scheme_of_packed(stored, "")] if scheme is not None]
+    return [scheme for _, scheme in stored.groups] or [LinearScheme(stored.compressed)]
+
+
+def check_kernels(stored: PackedFormat | LegacyFormat) -> None:
+    """Checks that this machine's CPU has a kernel for a checkpoint's linears, as MASKPRO_KERNEL asks.
+
+    Raises:
+        UnsupportedKernelError: it has none; the message says why.
+        ValueError: MASKPRO_KERNEL names no backend.
+    """
+    for scheme in stored_schemes(stored):
+        kept = torch.int8 if scheme.values == torch.int8 else torch.bfloat16  # fp8 numbers become bfloat16
+        select_backend(stored.pattern, torch.float32, kept, "cpu", may_round=scheme.inputs == kept)
 
 
 def stored_dtype(folder: Path) -> torch.dtype | None:

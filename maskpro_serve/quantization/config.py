@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,14 +17,14 @@ from vllm.platforms import current_platform
 import maskpro_kernels.ops  # noqa: F401  (registers torch.ops.maskpro in every vLLM process)
 from maskpro_kernels.packing import WEIGHT_DTYPES
 from maskpro_kernels.servable import ROUTERS
-from maskpro_kernels.support import select_backend
+from maskpro_kernels.support import candidates, select_backend
 from maskpro_serve.checkpoint import CheckpointError, PackedFormat
 from maskpro_serve.legacy import LegacyFormat, claims
 from maskpro_serve.metrics import LayerTally
 from maskpro_serve.quantization.head import HeadMethod
 from maskpro_serve.quantization.linear import NMLinearMethod
 from maskpro_serve.scheme import LinearScheme, scheme_of_packed
-from maskpro_serve.served import check_served, stored_dtype
+from maskpro_serve.served import check_served, stored_dtype, stored_schemes
 
 if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
@@ -88,14 +88,11 @@ class MaskProConfig(QuantizationConfig):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> MaskProConfig:
         if not claims(config):
-            packed = PackedFormat.from_dict(config, where="quantization_config")
-            if packed.values is not None:
-                _say_what_is_rounded([torch.int8 if packed.activations else None])
-            return cls(packed)
-        legacy = LegacyFormat.from_dict(config, where="quantization_config")
-        if legacy.groups:
-            _say_what_is_rounded(scheme.inputs for _, scheme in legacy.groups)
-        return cls(legacy)
+            stored: PackedFormat | LegacyFormat = PackedFormat.from_dict(config, where="quantization_config")
+        else:
+            stored = LegacyFormat.from_dict(config, where="quantization_config")
+        _say_what_is_rounded(stored)
+        return cls(stored)
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Checks a local checkpoint's headers, once, before any weight is read; there may be none (dummy weights).
@@ -159,20 +156,22 @@ class MaskProConfig(QuantizationConfig):
         return [f"{parent}.{part}" if parent else part for part in parts]
 
 
-def _say_what_is_rounded(allowed: Iterable[torch.dtype | None]) -> None:
-    """Logs whether activations are rounded to 8 bits, of layers that allow it or (None) do not."""
-    dtypes = set(allowed)
-    exact = None
-    if current_platform.is_cuda() and dtypes - {None}:
-        exact = "triton"
-    elif current_platform.is_cpu() and torch.int8 in dtypes:
-        types = LegacyFormat.pattern, torch.float32, torch.int8, "cpu"
-        exact = select_backend(*types).name if select_backend(*types, may_round=True).rounds else None
-    if exact is None:
-        logger.info("maskpro: activations are not quantized: 8-bit weights are multiplied by them as they are")
-    else:
+def _say_what_is_rounded(stored: PackedFormat | LegacyFormat) -> None:
+    """Logs of 8-bit weights whether activations are rounded, too."""
+    schemes = stored_schemes(stored)
+    if not any(scheme.values for scheme in schemes):
+        return
+    allowed = {scheme.inputs for scheme in schemes} - {None}
+    if current_platform.is_cuda() and allowed:
         logger.info(
-            "maskpro: activations are rounded to 8 bits where that is faster; MASKPRO_KERNEL=%s leaves them as they "
-            "are",
-            exact,
+            "maskpro: activations are rounded to 8 bits where that is measured to be faster; MASKPRO_KERNEL=triton "
+            "leaves them as they are"
         )
+        return
+    types = stored.pattern, torch.float32, torch.int8, "cpu"
+    if torch.int8 in allowed and select_backend(*types, may_round=True).rounds:
+        exact = [backend.name for backend in candidates(*types) if not backend.rounds]
+        hint = f"; MASKPRO_KERNEL={exact[0]} leaves them as they are" if exact else ""
+        logger.info("maskpro: activations are rounded to 8 bits where that is faster%s", hint)
+    else:
+        logger.info("maskpro: activations are not quantized: 8-bit weights are multiplied by them as they are")

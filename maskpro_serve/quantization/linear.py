@@ -108,12 +108,12 @@ class NMLinearMethod(LinearMethodBase):
     def _keep(self, layer: Any, weight: NMWeight, inputs: EightBitInputs | None) -> None:
         """Puts a layer's weight in the order that its backend reads."""
         activation_dtype = get_current_vllm_config().model_config.dtype
-        backend = select_backend(weight.pattern, activation_dtype, weight.values.dtype, weight.values.device.type)
+        dtype, device = weight.values.dtype, weight.values.device.type
+        backend = select_backend(weight.pattern, activation_dtype, dtype, device, may_round=inputs is not None)
         layer.maskpro_pattern, layer.maskpro_shape, layer.maskpro_dtype = (
-            weight.pattern, weight.shape, weight.values.dtype,
+            weight.pattern, weight.shape, dtype,
         )  # fmt: skip
-        nbytes = weight.nbytes
-        names = backend.name
+        nbytes, names = weight.nbytes, backend.name
         # vLLM's LoRA layers look for a weight of this name, to place theirs beside it.
         if weight.values.is_cuda and backend.name != "reference":
             most_tokens = get_current_vllm_config().scheduler_config.max_num_batched_tokens

@@ -70,6 +70,25 @@ def test_int8_values_are_multiplied_by_their_scale(model_folder: Path, mask_file
         assert (error <= 0.5001 * level).all() if name in linears else torch.equal(parameter, expected[name]), name
 
 
+def test_activations_are_rounded_where_the_checkpoint_allows_it(
+    model_folder: Path, mask_file: Path, tmp_path: Path
+) -> None:
+    """What a packed linear is given, to 255 levels a token; the head's stays as it is."""
+    convert(model_folder, tmp_path / "w8", mask=mask_file, values="int8")
+    convert(model_folder, tmp_path / "w8a8", mask=mask_file, values="int8", activations="int8")
+    exact, _ = load_packed_model(str(tmp_path / "w8"), torch.float32)
+    rounding, _ = load_packed_model(str(tmp_path / "w8a8"), torch.float32)
+    x = torch.randn(2, 3, exact.config.hidden_size)
+    largest = x.abs().amax(-1, keepdim=True)
+    linears = {name.removesuffix(".weight") for name in read_masks(mask_file).masks}
+    twins = dict(exact.named_modules())
+    for name, module in rounding.named_modules():
+        if isinstance(module, torch.nn.Linear) and module.in_features == x.shape[-1]:
+            given = (x / largest * 127).round() * largest / 127 if name in linears else x
+            torch.testing.assert_close(module(x), twins[name](given), rtol=1e-5, atol=1e-6)
+    assert not torch.equal(logits(rounding), logits(exact))
+
+
 def test_dtype_is_the_one_asked_for(packed: Path) -> None:
     model, _ = load_packed_model(str(packed), torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}

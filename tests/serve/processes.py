@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import PreTrainedModel
+
 GREEDY = Path(__file__).parent / "greedy.py"
 ONE_SCALE = Path(__file__).parent.parent / "fixtures" / "legacy" / "bitmask-int8-tensor-static"
 """A checkpoint of compressed-tensors with one scale for each matrix."""
@@ -16,6 +19,18 @@ ONE_SCALE = Path(__file__).parent.parent / "fixtures" / "legacy" / "bitmask-int8
 
 def run_python(*arguments: object, timeout: int = 300) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=timeout)
+
+
+@torch.no_grad()
+def greedy_tokens(model: PreTrainedModel, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+    """The ``count`` tokens that transformers finds for every prompt."""
+    rows = []
+    for prompt in prompts:
+        ids = list(prompt)
+        for _ in range(count):
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        rows.append(ids[len(prompt) :])
+    return rows
 
 
 def serve_greedily(folders: Sequence[Path], scratch: Path, **llm: Any) -> tuple[list[dict[str, Any]], str]:

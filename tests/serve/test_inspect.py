@@ -9,10 +9,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from processes import ONE_SCALE
 from safetensors.torch import load_file, save_file
 
 from maskpro_kernels import NMWeight
-from maskpro_serve import load_packed
+from maskpro_kernels._cpu import isa_available
+from maskpro_serve import convert, load_packed
 from maskpro_serve.pack_cli import main
 
 UP_PROJ = "model.layers.0.mlp.up_proj"
@@ -44,6 +46,16 @@ def test_packed(tiny, capsys, monkeypatch, kind):
     assert found["other_nbytes"] + sum(layer["nbytes"] for layer in found["layers"]) == sum(
         tensor.nbytes for tensor in stored.values()
     )
+
+
+@pytest.mark.skipif(not isa_available("avx512-vnni"), reason="this machine has no avx512-vnni")
+def test_the_kernel_that_rounds_is_named_where_that_is_allowed(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("MASKPRO_KERNEL", "cpu-avx512-vnni")
+    convert(tiny["dense"], tmp_path / "w8a8", mask=tiny["mask"], values="int8", activations="int8")
+    for folder in (tmp_path / "w8a8", ONE_SCALE):
+        assert {layer["backends"]["cpu"] for layer in inspect(capsys, folder)["layers"]} == {"cpu-avx512-vnni"}
+    (kernel,) = {layer["backends"]["cpu"] for layer in inspect(capsys, tiny["int8"])["layers"]}
+    assert kernel.startswith("none: cpu-avx512-vnni rounds activations to 8 bits, which this weight does not allow")
 
 
 def test_the_table(tiny, capsys):

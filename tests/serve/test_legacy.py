@@ -11,15 +11,20 @@ import logging
 import re
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from processes import serve_greedily
+from processes import greedy_tokens, serve_greedily
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from maskpro_kernels._cpu import available_isas, isa_available
+from maskpro_kernels.activations import EightBitInputs
+from maskpro_kernels.bits import unpack_bits
 from maskpro_serve import CheckpointError
 from maskpro_serve.legacy import LegacyFormat, claims
 from maskpro_serve.served import check_served
@@ -45,8 +50,10 @@ def changed(config: dict, path: str, value: object) -> dict:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory) -> dict[str, list[list[int]]]:
-    """Greedy tokens of every fixture in vLLM; and the log, under the name of none."""
-    documents, log = serve_greedily([FIXTURES / name for name in NAMES], tmp_path_factory.mktemp("served"))
+    """Greedy tokens of every fixture in vLLM, activations as they are; and the log, under the name of none."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MASKPRO_KERNEL", f"cpu-{available_isas()[0]}")
+        documents, log = serve_greedily([FIXTURES / name for name in NAMES], tmp_path_factory.mktemp("served"))
     return dict(zip(NAMES, (document["tokens"] for document in documents), strict=True)) | {"log": log}
 
 
@@ -66,6 +73,55 @@ def test_says_what_is_packed_and_that_activations_are_not_quantized(served):
     assert packed == ["14", *["13"] * 6]
     assert served["log"].count("maskpro: activations are not quantized") == 5
     assert served["log"].count("maskpro: 1 linear layers stay dense, their zeros are not 2:4") == 2
+
+
+@pytest.mark.vllm
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(not isa_available("avx512-vnni"), reason="this machine has no avx512-vnni")
+def test_rounds_activations_as_the_checkpoint_says(tmp_path, monkeypatch):
+    """The tokens are those of transformers on the dequantized twin, the inputs of its quantized linears rounded."""
+    names = ["bitmask-int8-channel-dynamic", "bitmask-int8-tensor-static"]
+    monkeypatch.setenv("MASKPRO_KERNEL", "cpu-avx512-vnni")
+    documents, log = serve_greedily([FIXTURES / name for name in names], tmp_path)
+    assert log.count("maskpro: activations are rounded to 8 bits where that is faster") == 2
+    assert re.findall(r"maskpro: 2:4 linear layers: (\d+) on cpu-avx512-vnni", log) == ["13", "13"]
+    for name, document in zip(names, documents, strict=True):
+        expected = json.loads((FIXTURES / name / "expected.json").read_text())
+        rounded = greedy_tokens(rounding_twin(FIXTURES / name), expected["prompts"], len(expected["tokens"][0]))
+        assert [row[: len(tokens)] for row, tokens in zip(document["tokens"], rounded, strict=True)] == rounded
+        assert rounded != expected["tokens"]  # or this would show nothing
+
+
+def rounding_twin(folder: Path) -> LlamaForCausalLM:
+    """A bitmask fixture in float32: its weights dequantized, the activations of quantized linears rounded."""
+    parts = {}
+    for file in folder.glob("*.safetensors"):
+        parts |= load_file(file)
+    packed = {name.removesuffix(".compressed") for name in parts if name.endswith(".compressed")}
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    model = LlamaForCausalLM(LlamaConfig(**config)).float().eval()
+    for name, module in model.named_modules():
+        if name in packed:
+            weight = torch.zeros(module.weight.shape)
+            weight[unpack_bits(parts[f"{name}.bitmask"], weight.shape[1])] = (
+                parts[f"{name}.compressed"].float().flatten()
+            )
+            module.weight.data = weight * parts[f"{name}.weight_scale"].float()
+            scale = parts.get(f"{name}.input_scale")
+            inputs = EightBitInputs(torch.int8, None if scale is None else scale.float().reshape(1))
+            module.register_forward_pre_hook(partial(rounded, inputs))
+    dense = {name: tensor.float() for name, tensor in parts.items() if name in dict(model.named_parameters())}
+    missing, unexpected = model.load_state_dict(dense, strict=False)
+    assert not unexpected
+    assert {name.removesuffix(".weight") for name in missing} - packed <= {"lm_head"}  # of some it is tied
+    return model
+
+
+def rounded(inputs: EightBitInputs, _: torch.nn.Module, given: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    (x,) = given
+    levels, scale = inputs.rounded(x.reshape(-1, x.shape[-1]))
+    return ((levels * scale).reshape(x.shape),)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -225,7 +281,9 @@ def test_what_becomes_of_activations_is_said(monkeypatch, caplog):
     logger = logging.getLogger("vllm.maskpro")
     monkeypatch.setattr(logger, "handlers", [handler])
     said = {}
-    for cuda in (False, True):
+    exact = f"cpu-{available_isas()[0]}"
+    for cuda, kernel in ((False, exact), (True, "auto")):
+        monkeypatch.setenv("MASKPRO_KERNEL", kernel)
         monkeypatch.setattr(module.current_platform, "is_cuda", lambda cuda=cuda: cuda, raising=False)
         messages.clear()
         with caplog.at_level(logging.INFO, logger="vllm.maskpro"):
@@ -234,6 +292,14 @@ def test_what_becomes_of_activations_is_said(monkeypatch, caplog):
     assert said[False] == ["maskpro: activations are not quantized: 8-bit weights are multiplied by them as they are"]
     assert len(said[True]) == 1
     assert said[True][0].startswith("maskpro: activations are rounded to 8 bits where that is measured to be faster")
+    if exact == "cpu-amx-bf16" or not isa_available("avx512-vnni"):
+        return
+    monkeypatch.setattr(module.current_platform, "is_cuda", lambda: False, raising=False)
+    messages.clear()
+    with caplog.at_level(logging.INFO, logger="vllm.maskpro"):
+        module.MaskProConfig.from_config(quantization(INT8))
+    hint = f"MASKPRO_KERNEL={exact} leaves them as they are"
+    assert messages == [f"maskpro: activations are rounded to 8 bits where that is faster; {hint}"]
 
 
 @pytest.mark.vllm

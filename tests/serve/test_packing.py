@@ -426,6 +426,21 @@ def test_an_interrupted_command_goes_on(tiny, tmp_path, monkeypatch, capsys):
     assert files(tmp_path / "out") == files(tiny["int8"])
 
 
+def test_activations_may_be_rounded_too(tiny, tmp_path, capsys):
+    """The weights are those of int8 values alone; config.json allows more."""
+    arguments = ["--model", str(tiny["dense"]), "--mask", str(tiny["mask"]), "--output", str(tmp_path / "out")]
+    assert main([*arguments, "--activations", "int8"]) == 2
+    assert "activations: expected none without int8 values, found 'int8'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main([*arguments, "--values", "int8", "--activations", "int8"]) == 0
+    assert "linears packed 2:4, values of int8, activations of int8" in capsys.readouterr().out
+    written, alone = files(tmp_path / "out"), files(tiny["int8"])
+    allowed, expected = json.loads(written.pop("config.json")), json.loads(alone.pop("config.json"))
+    assert written == alone
+    assert allowed["quantization_config"].pop("activations") == "int8"
+    assert allowed == expected
+
+
 def test_a_partial_output_of_other_inputs_is_not_taken_up(tiny, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         interrupt(patch, 13)

@@ -8,8 +8,12 @@ import shutil
 
 import pytest
 import torch
-from processes import GREEDY, run_python, serve_greedily
+from processes import GREEDY, greedy_tokens, run_python, serve_greedily
 from transformers import AutoModelForCausalLM
+
+from maskpro_kernels._cpu import isa_available
+from maskpro_learner.packed_model import load_packed_model
+from maskpro_serve import convert
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
@@ -32,6 +36,19 @@ def test_int8_values_equal_their_unpacked_twin(greedy):
     """The twin holds what the levels stand for."""
     assert greedy["int8"] == greedy["twin"]
     assert greedy["int8"] != greedy["packed"]
+
+
+@pytest.mark.skipif(not isa_available("avx512-vnni"), reason="this machine has no avx512-vnni")
+def test_activations_are_rounded_where_the_checkpoint_allows_it(tiny, tmp_path, monkeypatch):
+    """The tokens of the model that maskpro-eval measures."""
+    folder, prompts = tmp_path / "w8a8", [list(range(3, 8)), list(range(40, 73))]
+    convert(tiny["dense"], folder, mask=tiny["mask"], values="int8", activations="int8")
+    (folder / "expected.json").write_text(json.dumps({"prompts": prompts}))
+    monkeypatch.setenv("MASKPRO_KERNEL", "cpu-avx512-vnni")
+    (document,), log = serve_greedily([folder], tmp_path)
+    assert "maskpro: activations are rounded to 8 bits where that is faster\n" in log
+    model, _ = load_packed_model(str(folder), torch.float32)
+    assert document["tokens"] == greedy_tokens(model, prompts, len(document["tokens"][0]))
 
 
 def test_the_reference_serves_as_well(tiny, greedy, monkeypatch, tmp_path):
