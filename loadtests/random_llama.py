@@ -1,5 +1,7 @@
 """Writes a Llama with random weights, dense and packed 2:4, to measure what weights of its size cost.
 
+With values and activations of int8, dense is also written so: as compressed-tensors' W8A8, which vLLM serves itself.
+
     python loadtests/random_llama.py [--shape 7b] [--values int8 [--activations int8]] [--output FOLDER]
     make loadtest ARGS="--model-a FOLDER/sparse --model-b FOLDER/dense --output build/loadtest-1.1b"
     python loadtests/footprint.py FOLDER/sparse FOLDER/dense
@@ -15,6 +17,7 @@ import argparse
 import importlib.metadata
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCABULARY = 32_000
@@ -63,6 +67,43 @@ def write_dense(folder: Path, shape: str, seed: int = 0) -> None:
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
         unfinished.rename(folder)
+
+
+def write_dense_w8a8(folder: Path, dense: Path) -> None:
+    """Writes the dense model with int8 weights, a scale for each output, as compressed-tensors does.
+
+    Args:
+        folder: to write, whole or not at all; must not exist.
+        dense: of :func:`write_dense`.
+    """
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+        unfinished = Path(temporary) / folder.name
+        shutil.copytree(dense, unfinished, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json"))
+        tensors: dict[str, torch.Tensor] = {}
+        for file in sorted(dense.glob("*.safetensors")):
+            tensors |= load_file(file)
+        for name in [name for name in tensors if name.endswith("_proj.weight")]:
+            levels, scale = nearest_levels(tensors[name].float(), 1)
+            tensors |= {name: levels, f"{name}_scale": scale}
+        save_file(tensors, unfinished / "model.safetensors", {"format": "pt"})
+        config = json.loads((dense / "config.json").read_text())
+        eight = {"num_bits": 8, "type": "int", "symmetric": True}
+        group = {
+            "targets": ["Linear"], "format": "int-quantized", "weights": {**eight, "strategy": "channel"},
+            "input_activations": {**eight, "strategy": "token", "dynamic": True},
+        }  # fmt: skip
+        config["quantization_config"] = {
+            "quant_method": "compressed-tensors", "format": "int-quantized", "quantization_status": "compressed",
+            "ignore": ["lm_head"], "config_groups": {"group_0": group},
+        }  # fmt: skip
+        (unfinished / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        unfinished.rename(folder)
+
+
+def nearest_levels(values: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The nearest of 255 levels that span each vector along ``dim``, and their float32 step, ``dim`` kept as 1."""
+    scale = values.abs().amax(dim=dim, keepdim=True) / 127
+    return (values / scale).round().to(torch.int8), scale
 
 
 def check_shape(folder: Path, shape: str) -> None:
@@ -125,7 +166,10 @@ def main() -> None:
     sparse = folder / "-".join(["sparse", *given.values()])
     if not sparse.is_dir():
         pack(folder / "dense", sparse, [word for name, kind in given.items() for word in (f"--{name}", kind)])
-    print(f"--model-a {sparse} --model-b {folder / 'dense'}")
+    dense = folder / "-".join(["dense", *given.values()]) if len(given) == 2 else folder / "dense"
+    if not dense.is_dir():
+        write_dense_w8a8(dense, folder / "dense")
+    print(f"--model-a {sparse} --model-b {dense}")
 
 
 if __name__ == "__main__":
