@@ -155,9 +155,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="1.1b", help="(default 1.1b)")
     parser.add_argument("--values", choices=["int8"], help="of the packed model, in sparse-int8/ (default bfloat16)")
-    parser.add_argument("--activations", choices=["int8"], help="the same, in sparse-int8-int8/ (default bfloat16)")
+    parser.add_argument("--activations", choices=["int8"], help="rounded too, beside --values int8: sparse-int8-int8/")
     parser.add_argument("--output", type=Path, help="folder for dense/ and sparse/ (default random-SHAPE in the cache)")
     arguments = parser.parse_args()
+    if arguments.activations and not arguments.values:
+        parser.error("--activations: expected --values int8 beside it")
     folder: Path = arguments.output or cache / f"random-{arguments.shape}"
     check_shape(folder, arguments.shape)
     if not (folder / "dense").is_dir():

@@ -43,7 +43,8 @@ class ConversionReport:
         dense_bytes: bytes the same linears took before.
         found: where the model's own zeros decided, the tightest pattern of each linear that has one.
         resumed: files that an earlier, killed run had written.
-        warnings: sentences about a mask or a recovery that was made for other weights.
+        warnings: sentences about a mask or a recovery that was made for other weights, and activations that nothing
+            rounds.
     """
 
     pattern: NMPattern
@@ -126,7 +127,7 @@ def convert(
         with _progress_bar("packing", sum(info.nbytes for info in dense.headers.values()), progress) as advance:
             for shard in shards:
                 write_shard(partial.folder / shard.file, shard, packer, advance)
-        warnings = check.warnings(provenance)
+        warnings = (*check.warnings(provenance), *_without_kernel(activations, plan.pattern))
         write_rest(partial.folder, dense, shards, PackedFormat(
             plan.pattern, ("lm_head", *sorted({*plan.dense, *dense.beyond})), provenance, values, activations,
         ))  # fmt: skip
@@ -157,6 +158,12 @@ def _plan(
             plan = plan_by_zeros(dense, pattern, advance)
     partial.remember(plan.to_dict())
     return plan
+
+
+def _without_kernel(activations: str | None, pattern: NMPattern) -> list[str]:
+    if activations is None or pattern == NMPattern(2, 4):
+        return []
+    return [f"activations of {activations}: no kernel rounds them beside {pattern} weights, only beside 2:4 ones"]
 
 
 def _inputs(

@@ -4,6 +4,7 @@
 >>> model = AutoModelForCausalLM.from_pretrained("packed-model")
 
 Packed linears run torch.ops.maskpro on the packed weights: on a CPU in the kernels' own order, elsewhere as stored.
+Activations are never rounded here, whatever the checkpoint allows.
 """
 
 from __future__ import annotations

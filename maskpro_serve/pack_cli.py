@@ -31,8 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--activations", choices=["int8"],
-        help="with --values int8: let servers round activations to 8 bits too, each token by its own scale, where that "
-        "is faster (W8A8)",
+        help="with --values int8: let servers round activations to 8 bits too, each token by its own scale (W8A8)",
     )  # fmt: skip
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to write; must not exist")
     return parser

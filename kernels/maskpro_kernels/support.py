@@ -182,16 +182,10 @@ def select_backend(
         may_round: whether activations may be rounded to 8 bits. (On a GPU that is asked later: cuda/preparation.py.)
 
     Raises:
-        UnsupportedKernelError: as :func:`candidates`; or MASKPRO_KERNEL asks for rounding that is not allowed.
-        ValueError: as :func:`candidates`.
+        UnsupportedKernelError, ValueError: as :func:`candidates`.
     """
     found = candidates(pattern, activation, weight, device)
-    for backend in found:
-        if may_round or not backend.rounds or device != "cpu":
-            return backend
-    raise UnsupportedKernelError(
-        f"{found[0].name} rounds activations to 8 bits, which this weight does not allow: its checkpoint has to say so"
-    )
+    return next(backend for backend in found if may_round or not backend.rounds or device != "cpu")
 
 
 def candidates(
@@ -199,6 +193,8 @@ def candidates(
     capability: tuple[int, int] | None = None,
 ) -> tuple[Backend, ...]:  # fmt: skip
     """The backends that can run ``nm_linear`` for these types and that MASKPRO_KERNEL allows, at least one.
+
+    Where it names one of a CPU that rounds activations, what may not be rounded has the others of the CPU.
 
     Args:
         pattern: the (N:M) pattern of the weight.
@@ -233,6 +229,8 @@ def _candidates(
         asked = [b for b in BACKENDS if b.name.startswith(f"{request}-")]
     else:
         asked = [b for b in BACKENDS if b.name == request]
+        if device == "cpu" and asked[0].rounds and asked[0].unavailable is None:
+            asked += [b for b in BACKENDS if b.name.startswith("cpu-") and not b.rounds]
     found, reasons = [], []
     for backend in asked:
         reason = backend.refusal(pattern, activation, weight, device, capability)
@@ -244,11 +242,13 @@ def _candidates(
             f"no kernel for pattern {pattern}, activations {activation}, weights {weight} on {device} "
             f"({ENVIRONMENT_VARIABLE}={request}): {'; '.join(reasons)}"
         )
-    return tuple(sorted(found, key=_is_slower_isa))
+    return tuple(sorted(found, key=lambda backend: backend.name != request and _is_slower_isa(backend)))
 
 
 def _is_slower_isa(backend: Backend) -> bool:
-    fastest = _cpu.available_isas()[0] if backend.isa is not None else None
-    if backend.rounds:  # not compared with tiles yet
-        return fastest == "amx-bf16"
+    if backend.isa is None:
+        return False
+    fastest = _cpu.available_isas()[0]
+    if backend.rounds:
+        return fastest == "amx-bf16"  # not compared with its tiles yet
     return backend.isa != fastest

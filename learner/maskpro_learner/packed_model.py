@@ -1,8 +1,8 @@
 """Opens whatever maskpro-eval measures as a transformers model: dense, dense with a mask, or a packed checkpoint.
 
 A packed checkpoint (kernels/FORMAT.md) is unpacked to dense weights: what is measured is the model that is served,
-not the kernels that serve it. Where it allows activations of 8 bits, they are rounded, as on machines where that is
-faster.
+not the kernels that serve it. Where it allows activations of 8 bits, and there are kernels that round them, they are
+rounded, whether or not this machine's server does.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from maskpro_kernels.packed_checkpoint import QUANT_METHOD, PackedFormat, packed
 from maskpro_learner.checkpoints import check_model, load_model
 from maskpro_learner.errors import LearnerError, ModelError
 from maskpro_learner.layers import apply_masks
+
+_ROUNDED = NMPattern(2, 4)
+"""The pattern that has kernels which round activations."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ def load_for_evaluation(
             raise LearnerError(f"--mask {mask}: expected a dense --model, found {name}, which is packed already")
         model, pattern = load_packed_model(name, dtype, device)
         provenance = {key: str(value) for key, value in (packed.provenance or {}).items()}
+        provenance |= {key: kind for key in ("values", "activations") if (kind := getattr(packed, key))}
         return EvaluatedModel(model, "packed", pattern, provenance)
     if mask is None:
         return EvaluatedModel(load_model(name, dtype, device), "dense")
@@ -157,7 +161,7 @@ def load_packed_model(name: str, dtype: torch.dtype, device: str = "cpu") -> tup
             raise ModelError(f"{folder}: tensor {names[0]} is {problem} ({len(names)} in all)")
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    if found.activations is not None:
+    if found.activations is not None and found.pattern == _ROUNDED:
         for layer, module in model.named_modules():
             if isinstance(module, torch.nn.Linear) and layer not in found.ignore:
                 module.register_forward_pre_hook(_round_inputs)
@@ -167,7 +171,7 @@ def load_packed_model(name: str, dtype: torch.dtype, device: str = "cpu") -> tup
 
 
 def _round_inputs(_: torch.nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-    """Of a linear: to what its int8 kernel multiplies, each token by a scale of its own."""
+    """Of a linear: to what its int8 kernel multiplies, each token by a scale of its own (16 bits: rounded once more)."""
     (x,) = inputs
     levels, scale = EightBitInputs(torch.int8).rounded(x.reshape(-1, x.shape[-1]))
     return ((levels * scale).to(x.dtype).reshape(x.shape),)

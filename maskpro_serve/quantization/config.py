@@ -17,7 +17,7 @@ from vllm.platforms import current_platform
 import maskpro_kernels.ops  # noqa: F401  (registers torch.ops.maskpro in every vLLM process)
 from maskpro_kernels.packing import WEIGHT_DTYPES
 from maskpro_kernels.servable import ROUTERS
-from maskpro_kernels.support import candidates, select_backend
+from maskpro_kernels.support import select_backend
 from maskpro_serve.checkpoint import CheckpointError, PackedFormat
 from maskpro_serve.legacy import LegacyFormat, claims
 from maskpro_serve.metrics import LayerTally
@@ -170,8 +170,10 @@ def _say_what_is_rounded(stored: PackedFormat | LegacyFormat) -> None:
         return
     types = stored.pattern, torch.float32, torch.int8, "cpu"
     if torch.int8 in allowed and select_backend(*types, may_round=True).rounds:
-        exact = [backend.name for backend in candidates(*types) if not backend.rounds]
-        hint = f"; MASKPRO_KERNEL={exact[0]} leaves them as they are" if exact else ""
-        logger.info("maskpro: activations are rounded to 8 bits where that is faster%s", hint)
+        logger.info(
+            "maskpro: activations are rounded to 8 bits, as this checkpoint allows; MASKPRO_KERNEL=%s leaves them as "
+            "they are",
+            select_backend(*types).name,
+        )
     else:
         logger.info("maskpro: activations are not quantized: 8-bit weights are multiplied by them as they are")

@@ -15,7 +15,6 @@ from torch.nn import Parameter
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
 
-from maskpro_kernels.errors import UnsupportedKernelError
 from maskpro_kernels.interleaved import DENSE, interleave_dense
 from maskpro_kernels.support import select_backend
 from maskpro_serve.freed_memory import return_freed_memory
@@ -71,10 +70,7 @@ class HeadMethod(UnquantizedEmbeddingMethod):
             return None
         if model.head_dtype != model.dtype:
             return None  # then vLLM multiplies by itself
-        try:
-            isa = select_backend(DENSE, model.dtype, stored, "cpu").isa
-        except UnsupportedKernelError:
-            return None  # MASKPRO_KERNEL names a kernel of the packed layers only
+        isa = select_backend(DENSE, model.dtype, stored, "cpu").isa
         tiles = isa == "amx-bf16" and model.dtype == stored == torch.bfloat16
         if isa is None or not (tiles or model.dtype == torch.float32):
             return None

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from maskpro_kernels import NMPattern, NMWeight, UnsupportedKernelError, _cpu, nm_linear, pack, to_int8
 from maskpro_kernels.activations import EightBitInputs
-from maskpro_kernels.interleaved import MOST_ROUNDED, InterleavedWeight, interleave
+from maskpro_kernels.interleaved import MOST_ROUNDED, InterleavedWeight, interleave, interleave_dense
 from maskpro_kernels.reference import nm_linear_reference, nm_linear_w8a8_reference
 from maskpro_kernels.support import select_backend
 
@@ -181,17 +181,18 @@ def test_opcheck(scale):
 def test_activations_are_rounded_only_where_that_is_allowed(monkeypatch):
     weight, x = int8_weight(16, 64), torch.randn(3, 64)
     exact = nm_linear_reference(x, weight.values, weight.bitmask, weight.scale, None)
+    best = f"cpu-{_cpu.available_isas()[0]}"
     if _cpu.isa_available(VNNI):
         assert interleave(weight, EACH_TOKEN).backend == f"cpu-{VNNI}"
-        refusal = "cpu-avx512-vnni rounds activations to 8 bits, which this weight does not allow"
+        # What may not be rounded, or has no kernel for it, is multiplied as if nothing had been asked for.
         for inputs in (None, EightBitInputs(torch.float8_e4m3fn)):
-            with pytest.raises(UnsupportedKernelError, match=refusal):
-                interleave(weight, inputs)
-        with pytest.raises(UnsupportedKernelError, match=refusal):
-            interleave(int8_weight(1, MOST_ROUNDED), EACH_TOKEN)
-        with pytest.raises(UnsupportedKernelError, match="cpu-avx512-vnni: covers 2:4 only"):
-            interleave(to_int8(pack(torch.randn(4, 64), NMPattern(4, 8))), EACH_TOKEN)
-    best = f"cpu-{_cpu.available_isas()[0]}"
+            assert interleave(weight, inputs).backend == best
+        assert interleave(int8_weight(1, MOST_ROUNDED), EACH_TOKEN).backend == best
+        assert interleave(to_int8(pack(torch.randn(4, 64), NMPattern(4, 8))), EACH_TOKEN).backend == best
+        assert interleave_dense(torch.randn(4, 64).bfloat16()).backend == best
+    else:
+        with pytest.raises(UnsupportedKernelError, match="cpu-avx512-vnni: this machine has no avx512-vnni"):
+            interleave(weight, EACH_TOKEN)
     for request in ("auto", "cpu", best):
         monkeypatch.setenv("MASKPRO_KERNEL", request)
         rounds = request != best and _cpu.isa_available(VNNI) and best != "cpu-amx-bf16"

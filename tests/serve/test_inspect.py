@@ -13,7 +13,7 @@ from processes import ONE_SCALE
 from safetensors.torch import load_file, save_file
 
 from maskpro_kernels import NMWeight
-from maskpro_kernels._cpu import isa_available
+from maskpro_kernels._cpu import available_isas, isa_available
 from maskpro_serve import convert, load_packed
 from maskpro_serve.pack_cli import main
 
@@ -55,7 +55,7 @@ def test_the_kernel_that_rounds_is_named_where_that_is_allowed(tiny, tmp_path, c
     for folder in (tmp_path / "w8a8", ONE_SCALE):
         assert {layer["backends"]["cpu"] for layer in inspect(capsys, folder)["layers"]} == {"cpu-avx512-vnni"}
     (kernel,) = {layer["backends"]["cpu"] for layer in inspect(capsys, tiny["int8"])["layers"]}
-    assert kernel.startswith("none: cpu-avx512-vnni rounds activations to 8 bits, which this weight does not allow")
+    assert kernel == f"cpu-{available_isas()[0]}"
 
 
 def test_the_table(tiny, capsys):

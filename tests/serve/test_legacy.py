@@ -81,11 +81,13 @@ def test_says_what_is_packed_and_that_activations_are_not_quantized(served):
 def test_rounds_activations_as_the_checkpoint_says(tmp_path, monkeypatch):
     """The tokens are those of transformers on the dequantized twin, the inputs of its quantized linears rounded."""
     names = ["bitmask-int8-channel-dynamic", "bitmask-int8-tensor-static"]
+    dense = "dense-int8-channel-dynamic"  # of which one layer is not 2:4
     monkeypatch.setenv("MASKPRO_KERNEL", "cpu-avx512-vnni")
-    documents, log = serve_greedily([FIXTURES / name for name in names], tmp_path)
-    assert log.count("maskpro: activations are rounded to 8 bits where that is faster") == 2
-    assert re.findall(r"maskpro: 2:4 linear layers: (\d+) on cpu-avx512-vnni", log) == ["13", "13"]
-    for name, document in zip(names, documents, strict=True):
+    documents, log = serve_greedily([FIXTURES / name for name in [*names, dense]], tmp_path)
+    assert log.count("maskpro: activations are rounded to 8 bits, as this checkpoint allows") == 3
+    assert re.findall(r"maskpro: 2:4 linear layers: (\d+) on cpu-avx512-vnni", log) == ["13", "13", "13"]
+    assert documents[2]["tokens"] != json.loads((FIXTURES / dense / "expected.json").read_text())["tokens"]
+    for name, document in zip(names, documents[:2], strict=True):
         expected = json.loads((FIXTURES / name / "expected.json").read_text())
         rounded = greedy_tokens(rounding_twin(FIXTURES / name), expected["prompts"], len(expected["tokens"][0]))
         assert [row[: len(tokens)] for row, tokens in zip(document["tokens"], rounded, strict=True)] == rounded
@@ -292,14 +294,15 @@ def test_what_becomes_of_activations_is_said(monkeypatch, caplog):
     assert said[False] == ["maskpro: activations are not quantized: 8-bit weights are multiplied by them as they are"]
     assert len(said[True]) == 1
     assert said[True][0].startswith("maskpro: activations are rounded to 8 bits where that is measured to be faster")
-    if exact == "cpu-amx-bf16" or not isa_available("avx512-vnni"):
-        return
     monkeypatch.setattr(module.current_platform, "is_cuda", lambda: False, raising=False)
     messages.clear()
     with caplog.at_level(logging.INFO, logger="vllm.maskpro"):
         module.MaskProConfig.from_config(quantization(INT8))
-    hint = f"MASKPRO_KERNEL={exact} leaves them as they are"
-    assert messages == [f"maskpro: activations are rounded to 8 bits where that is faster; {hint}"]
+    if exact == "cpu-amx-bf16" or not isa_available("avx512-vnni"):
+        assert messages == said[False]
+    else:
+        hint = f"MASKPRO_KERNEL={exact} leaves them as they are"
+        assert messages == [f"maskpro: activations are rounded to 8 bits, as this checkpoint allows; {hint}"]
 
 
 @pytest.mark.vllm

@@ -433,12 +433,16 @@ def test_activations_may_be_rounded_too(tiny, tmp_path, capsys):
     assert "activations: expected none without int8 values, found 'int8'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert main([*arguments, "--values", "int8", "--activations", "int8"]) == 0
-    assert "linears packed 2:4, values of int8, activations of int8" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "linears packed 2:4, values of int8, activations of int8" in said.out
+    assert "warning" not in said.err
     written, alone = files(tmp_path / "out"), files(tiny["int8"])
     allowed, expected = json.loads(written.pop("config.json")), json.loads(alone.pop("config.json"))
     assert written == alone
     assert allowed["quantization_config"].pop("activations") == "int8"
     assert allowed == expected
+    report = convert(tiny["pruned"], tmp_path / "4:8", pattern=NMPattern(4, 8), values="int8", activations="int8")
+    assert report.warnings == ("activations of int8: no kernel rounds them beside 4:8 weights, only beside 2:4 ones",)
 
 
 def test_a_partial_output_of_other_inputs_is_not_taken_up(tiny, tmp_path, monkeypatch):

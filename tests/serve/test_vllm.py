@@ -46,9 +46,13 @@ def test_activations_are_rounded_where_the_checkpoint_allows_it(tiny, tmp_path, 
     (folder / "expected.json").write_text(json.dumps({"prompts": prompts}))
     monkeypatch.setenv("MASKPRO_KERNEL", "cpu-avx512-vnni")
     (document,), log = serve_greedily([folder], tmp_path)
-    assert "maskpro: activations are rounded to 8 bits where that is faster\n" in log
+    assert "maskpro: activations are rounded to 8 bits" in log
+    assert "linear layers: 21 on cpu-avx512-vnni" in log
     model, _ = load_packed_model(str(folder), torch.float32)
-    assert document["tokens"] == greedy_tokens(model, prompts, len(document["tokens"][0]))
+    count = len(document["tokens"][0])
+    assert document["tokens"] == greedy_tokens(model, prompts, count)
+    exact, _ = load_packed_model(str(tiny["int8"]), torch.float32)
+    assert document["tokens"] != greedy_tokens(exact, prompts, count)  # or this would show nothing
 
 
 def test_the_reference_serves_as_well(tiny, greedy, monkeypatch, tmp_path):
