@@ -171,7 +171,7 @@ def load_packed_model(name: str, dtype: torch.dtype, device: str = "cpu") -> tup
 
 
 def _round_inputs(_: torch.nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-    """Of a linear: to what its int8 kernel multiplies, each token by a scale of its own (16 bits: rounded once more)."""
+    """Of a linear: to what its int8 kernel multiplies, each token by a scale of its own; 16 bits round once more."""
     (x,) = inputs
     levels, scale = EightBitInputs(torch.int8).rounded(x.reshape(-1, x.shape[-1]))
     return ((levels * scale).to(x.dtype).reshape(x.shape),)

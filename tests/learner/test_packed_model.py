@@ -87,6 +87,9 @@ def test_activations_are_rounded_where_the_checkpoint_allows_it(
             given = (x / largest * 127).round() * largest / 127 if name in linears else x
             torch.testing.assert_close(module(x), twins[name](given), rtol=1e-5, atol=1e-6)
     assert not torch.equal(logits(rounding), logits(exact))
+    measured = load_for_evaluation(str(tmp_path / "w8a8"), None, torch.float32)
+    assert (measured.provenance["values"], measured.provenance["activations"]) == ("int8", "int8")
+    assert torch.equal(logits(measured.model), logits(rounding))
 
 
 def test_dtype_is_the_one_asked_for(packed: Path) -> None:
