@@ -1,5 +1,6 @@
 #include "nm_linear_expanded.h"
 #include "nm_linear_few.h"
+#include "passes.h"
 #include "vector_avx512_bf16.h"
 
 namespace maskpro {
@@ -49,21 +50,10 @@ int32_t run_expanded(const NMLinear& call) {
   }
 }
 
-// About as many tokens in every pass as in others, whole tiles of them: none reads the weight for a few.
 template <class Weight>
 int32_t run_passes(const NMLinear& call) {
-  const int64_t passes = (call.tokens + kPassTokensOfPairs - 1) / kPassTokensOfPairs;
-  NMLinear pass = call;
-  for (int64_t i = 0, token = 0; i < passes; ++i, token += pass.tokens) {
-    constexpr int64_t kTile = Avx512BF16::kTileTokens;
-    const int64_t end = (call.tokens * (i + 1) / passes + kTile - 1) / kTile * kTile;
-    pass.tokens = (end < call.tokens ? end : call.tokens) - token;
-    pass.x = static_cast<const BF16*>(call.x) + token * call.in_features;
-    pass.y = static_cast<BF16*>(call.y) + token * call.out_features;
-    const int32_t status = run_pass<Weight>(pass);
-    if (status != MASKPRO_OK) return status;
-  }
-  return MASKPRO_OK;
+  const auto run = [](const NMLinear& pass) { return run_pass<Weight>(pass); };
+  return in_passes<BF16>(call, kPassTokensOfPairs, Avx512BF16::kTileTokens, run);
 }
 
 }  // namespace

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+
 from hypothesis import strategies as st
 
 from maskpro_kernels import NMPattern
@@ -15,3 +18,12 @@ EXPANDED = (
     "25:32",
 )  # fmt: skip
 """One for each way in which instruction sets that multiply pairs or tiles expand a weight."""
+
+
+def at_once(work: Callable[[int], None], count: int) -> None:
+    """Calls ``work`` with 0, 1, ... in as many threads, and waits for them."""
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import threading
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from cases import EXPANDED, ISAS, PATTERNS
+from cases import EXPANDED, ISAS, PATTERNS, at_once
 from exact import exact_weight
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -290,11 +289,7 @@ def test_calls_from_several_threads_at_once(isa, dtype, monkeypatch):
             if not torch.equal(nm_linear(inputs[i], weights[i]), expected[i]):
                 wrong.append(i)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(work, 4)
     assert not wrong
 
 

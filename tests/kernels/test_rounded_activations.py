@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import threading
-
 import pytest
 import torch
+from cases import at_once
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -158,11 +157,7 @@ def test_calls_from_several_threads_at_once():
             if not torch.equal(nm_linear(inputs[i], order), expected[i]):
                 wrong.append(i)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(work, 4)
     assert not wrong
 
 
