@@ -6,7 +6,8 @@ Every way to multiply is first checked against the float64 reference, then timed
 what ran before a call leaves it more or less of the caches. A ratio is one of medians of the same run. GB/s counts the
 bytes of the weight as the kernel reads it, and "of read" is its share of what the fastest reduction reads, timed in the
 same turns; it is near 1 where reading weights is what takes the time. "of peak" is the rate of a dense product of that
-size as a share of the fastest torch float32 product here, and may pass 1: what is not kept is not multiplied.
+size as a share of the fastest torch float32 product here, and may pass 1: what is not kept is not multiplied. Dense
+rivals round no activations: loadtests/random_llama.py writes a dense W8A8 model to compare servers with.
 """
 
 from __future__ import annotations
@@ -164,6 +165,24 @@ def served_activations() -> str:
     return "bfloat16" if isa in ("amx-bf16", "avx512-bf16") else "float32"
 
 
+def chosen_kernel(patterns: list[NMPattern], activations: torch.dtype, weights: torch.dtype) -> str:
+    """The name of what multiplies the first pattern.
+
+    Raises:
+        SystemExit: activations are to be rounded, and a pattern has no kernel here that does.
+    """
+    rounded = activations == torch.int8
+    served = torch.bfloat16 if rounded else activations
+    found = [select_backend(pattern, served, weights, "cpu", may_round=rounded) for pattern in patterns]
+    for pattern, backend in zip(patterns, found, strict=True):
+        if rounded and not backend.rounds:
+            raise SystemExit(
+                f"--activations int8: {backend.name} multiplies {pattern} {weights}, and rounds none; expected 2:4, "
+                "--weights int8, and on a machine with AMX MASKPRO_KERNEL=cpu-avx512-vnni"
+            )
+    return found[0].name
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128, 512])
@@ -195,9 +214,7 @@ def main() -> None:
     size = set_bytes(machine)
     reader = fastest_reader(size)
     peak = peak_flops()
-    may_round = activations == torch.int8
-    served = torch.bfloat16 if may_round else activations
-    kernel = select_backend(arguments.patterns[0], served, weights, "cpu", may_round=may_round).name
+    kernel = chosen_kernel(arguments.patterns, activations, weights)
     print(machine, f"torch float32 product: {peak / 1e9:.0f} GFLOP/s", sep="\n")
     print(
         f"{kernel}, {arguments.weights}, {arguments.activations} activations; every rival walks through copies of its "

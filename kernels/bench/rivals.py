@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from maskpro_kernels import NMPattern, NMWeight, _cpu, nm_linear, pack, to_int8, unpack
+from maskpro_kernels import NMPattern, NMWeight, nm_linear, pack, to_int8, unpack
 from maskpro_kernels.activations import EightBitInputs
 from maskpro_kernels.interleaved import InterleavedWeight, interleave, interleave_dense
 from maskpro_kernels.reference import nm_linear_reference
@@ -97,9 +97,6 @@ def _ours(
     inputs: EightBitInputs | None = None,
 ) -> Rival:  # fmt: skip
     weight = load()
-    assert (weight.backend.removeprefix("cpu-") in _cpu.ROUNDING_ISAS) == (inputs is not None), (
-        f"{weight.backend} is not what was asked for"
-    )
     copies = [weight, *(load() for _ in range(_copies(weight.nbytes, set_bytes) - 1))]
     following: Iterator[InterleavedWeight] = itertools.cycle(copies)
     weight_dtype = torch.float32 if name == OURS else weight.dtype  # ours is exactly the weight

@@ -21,6 +21,11 @@ inline bool is_weight(int64_t in_features, int64_t out_features, int32_t n, int3
   return is_size(out_features) && is_size(in_features) && in_features > 0 && in_features % m == 0;
 }
 
+// What products of 8-bit integers take: sums of 128 * 128 fit 32 bits.
+inline bool is_eight_bit(int64_t in_features, int64_t n, int64_t m, int32_t weight_dtype) {
+  return n == 2 && m == 4 && weight_dtype == MASKPRO_I8 && in_features < 1 << 18;
+}
+
 }  // namespace maskpro
 
 #endif  // MASKPRO_ARGUMENTS_H_

@@ -21,7 +21,7 @@ extern "C" {
 enum maskpro_dtype { MASKPRO_F32 = 0, MASKPRO_BF16 = 1, MASKPRO_F16 = 2, MASKPRO_I8 = 3 };
 
 // Each includes those before it, and MASKPRO_AMX_BF16 also AMX_INT8 and AVX512_VBMI; but MASKPRO_AVX512_VNNI is
-// MASKPRO_AVX512 with AVX512_VBMI, and only for products of 8-bit integers.
+// MASKPRO_AVX512 with AVX512_VNNI and AVX512_VBMI, only for products of 8-bit integers.
 enum maskpro_isa { MASKPRO_PORTABLE = 0, MASKPRO_AVX2 = 1, MASKPRO_AVX512 = 2, MASKPRO_AVX512_BF16 = 3,
                    MASKPRO_AMX_BF16 = 4, MASKPRO_AVX512_VNNI = 5 };
 
@@ -79,7 +79,7 @@ MASKPRO_API int32_t maskpro_interleave(void* weight, const void* values, const u
 //   x       [tokens, in_features]   row-major, act_dtype
 //   weight  from maskpro_interleave
 //   scale   [out_features] float32, or NULL for ones: a weight is its value times its row's scale
-//   x_scale one number, above 0, or NULL; only with MASKPRO_AVX512_VNNI
+//   x_scale one finite number above 0 (not checked), or NULL; only with MASKPRO_AVX512_VNNI
 //   bias    [out_features] bias_dtype, or NULL
 //
 // Sums are float32, rounded once to act_dtype, which like bias_dtype is no integer. With MASKPRO_AVX512_BF16 and
@@ -91,8 +91,9 @@ MASKPRO_API int32_t maskpro_interleave(void* weight, const void* values, const u
 // of 0. Reentrant: any number of threads may call at once.
 //
 // MASKPRO_AVX512_VNNI takes 2:4 int8 weights with in_features below 2^18 alone, and rounds activations to 8 bits: to
-// multiples of x_scale from -128 to 127 times it, or, without one, of 1 / 127 of their token's largest magnitude. Sums are
-// of integers, and exact. A NaN, or without x_scale an infinity, makes all of its token's outputs NaN.
+// multiples of x_scale from -128 to 127 times it, or, without one, of 1 / 127 of their token's largest magnitude, at
+// least of the smallest normal float32. Sums are of integers, and exact. A NaN, or without x_scale an infinity, makes
+// all of its token's outputs NaN.
 //
 // Reads the weight once for up to a few tokens. Returns a maskpro_status; on anything but MASKPRO_OK, y is untouched.
 MASKPRO_API int32_t maskpro_nm_linear(void* y, const void* x, const void* weight, const float* scale,

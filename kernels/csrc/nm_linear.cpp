@@ -26,8 +26,9 @@
 // Structure: interleaved.h is the order of the weight; nm_linear_few.h and nm_linear_many.h cut the work into blocks
 // for few and for many tokens, nm_linear_pairs.h is the innermost loop of pairs, nm_linear_expanded.h multiplies pairs
 // of an expanded weight (decode_tiles.h); nm_linear_amx.h does all of it with tiles, nm_linear_amx_int8.h few tokens of
-// 2:4 int8; nm_linear_w8a8.h rounds activations to 8 bits for it. shares.h gives blocks to threads. vector_<isa>.h has the instructions, nm_linear_<isa>.cpp is the
-// instantiation under that ISA's flags.
+// 2:4 int8; nm_linear_w8a8.h does all of 2:4 int8 with activations of 8 bits. passes.h cuts many tokens into passes,
+// shares.h gives blocks to threads. vector_<isa>.h has the instructions, nm_linear_<isa>.cpp is the instantiation under
+// that ISA's flags.
 #include "nm_linear.h"
 
 #include "arguments.h"
@@ -45,11 +46,6 @@ bool is_valid(const NMLinear& call) {
   return call.y != nullptr && call.x != nullptr && call.weight != nullptr;
 }
 
-// What products of 8-bit integers take: sums of 128 * 128 fit 32 bits.
-bool is_eight_bit(const NMLinear& call) {
-  return call.n == 2 && call.m == 4 && call.weight_dtype == MASKPRO_I8 && call.in_features < 1 << 18;
-}
-
 }  // namespace
 }  // namespace maskpro
 
@@ -63,7 +59,9 @@ int32_t maskpro_nm_linear(void* y, const void* x, const void* weight, const floa
                                n,           m,            act_dtype,
                                weight_dtype, bias_dtype,  threads};
   if (!maskpro::is_valid(call)) return MASKPRO_BAD_ARGUMENT;
-  if (isa == MASKPRO_AVX512_VNNI ? !maskpro::is_eight_bit(call) : x_scale != nullptr) return MASKPRO_BAD_ARGUMENT;
+  const bool rounds = isa == MASKPRO_AVX512_VNNI;
+  if (rounds && !maskpro::is_eight_bit(in_features, n, m, weight_dtype)) return MASKPRO_BAD_ARGUMENT;
+  if (!rounds && x_scale != nullptr) return MASKPRO_BAD_ARGUMENT;
   if (!maskpro::isa_available(isa)) return MASKPRO_NO_ISA;
   if (tokens == 0 || out_features == 0) return MASKPRO_OK;
   switch (isa) {

@@ -79,10 +79,7 @@ class DecodeBytes {
     const int8_t* values = reinterpret_cast<const int8_t*>(from + chunk_index_bytes(2));
     const __m512i shuffles = _mm512_load_si512(kShuffles.bytes);
     const __m512i second_lanes = lanes() | _mm512_set1_epi8(2);
-    // Byte r of four slots of sixteen rows each, to the lane of row r.
-    const __m512i rows = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i transpose = _mm512_or_si512(_mm512_mullo_epi32(rows, _mm512_set1_epi32(0x01010101)),
-                                              _mm512_set1_epi32(0x30201000));
+    const __m512i transpose = Avx512::bytes_by_row();
     __builtin_prefetch(from + kNearBytes);
 #pragma GCC unroll 4
     for (int slot = 0; slot < 16; slot += 4) {  // two groups

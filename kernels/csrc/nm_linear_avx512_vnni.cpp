@@ -3,7 +3,7 @@
 
 namespace maskpro {
 
-// Tokens whose activations stay in L2 while all rows are multiplied.
+// Whose activations take as many bytes as those of the passes of pairs (nm_linear_avx512_bf16.cpp).
 constexpr int64_t kPassTokensOfBytes = 256;
 
 int32_t nm_linear_avx512_vnni(const NMLinear& call) {

@@ -93,10 +93,7 @@ template <int kTokens>
   for (int t = 0; t < kTokens; ++t) acc[t] = _mm512_loadu_si512(sums + t * kBlockRows);
   __m512i all = _mm512_setzero_si512();  // 128 times the sum of the row's values
   const __m512i middle = _mm512_set1_epi8(-128);
-  // Byte r of four slots of sixteen rows each, to the lane of row r.
-  const __m512i rows = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i transpose = _mm512_or_si512(_mm512_mullo_epi32(rows, _mm512_set1_epi32(0x01010101)),
-                                            _mm512_set1_epi32(0x30201000));
+  const __m512i transpose = Avx512::bytes_by_row();
   // Where in two rows' words the indices of four slots begin; of the first in its group the two low bits are read.
   const __m512i begins = _mm512_set1_epi64(0x2624222006040200);
   const __m512i two_bits = _mm512_set1_epi8(3), groups = _mm512_set1_epi32(0x04040000);

@@ -9,8 +9,8 @@
 
 namespace maskpro {
 
-// Calls `run` with about as many tokens in every pass as in others, `most` of them and less than a tile more, whole tiles
-// of them: none reads the weight for a few. (Run is a lambda, and keeps the copies of different compiler flags apart.)
+// Calls `run` with about as many tokens in every pass as in others, `most` and less than a tile more, whole tiles of
+// them: none reads the weight for a few. (Run is a lambda, and keeps the copies of different compiler flags apart.)
 template <class Act, class Run>
 inline int32_t in_passes(const NMLinear& call, int64_t most, int64_t tile, const Run& run) {
   const int64_t passes = (call.tokens + most - 1) / most;

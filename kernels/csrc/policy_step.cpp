@@ -29,7 +29,7 @@ int32_t maskpro_policy_step(float* logits, void* masked, const void* weight, int
   const maskpro::PolicyStep call{logits,       masked, weight,  flips,     groups, n,      m,      weight_bytes, gains,
                                  coefficients, draws,  updates, next_draw, seed,   stream, threads};
   if (!maskpro::is_valid(call)) return MASKPRO_BAD_ARGUMENT;
-  if (!maskpro::isa_available(isa)) return MASKPRO_NO_ISA;
+  if (isa == MASKPRO_AVX512_VNNI || !maskpro::isa_available(isa)) return MASKPRO_NO_ISA;
   switch (isa) {
 #ifdef MASKPRO_X86_64
     case MASKPRO_AMX_BF16:  // nothing here multiplies bfloat16

@@ -7,6 +7,7 @@
 #include <string>
 #include <utility>
 
+#include "arguments.h"
 #include "call_samples.h"
 #include "maskpro_kernels.h"
 #include "torch_shim.h"
@@ -94,7 +95,7 @@ void check_scale(const Tensor& scale, int32_t weight_dtype, int64_t out_features
 // What is rounded to 8 bits, or must not be.
 void check_eight_bit(int64_t isa, const Tensor& x_scale, int64_t n, int64_t m, int32_t weight_dtype,
                      int64_t in_features) {
-  if (isa == MASKPRO_AVX512_VNNI && (n != 2 || m != 4 || weight_dtype != MASKPRO_I8 || in_features >= 1 << 18)) {
+  if (isa == MASKPRO_AVX512_VNNI && !is_eight_bit(in_features, n, m, weight_dtype)) {
     refuse("expected a 2:4 int8 weight with in_features below 262144 for activations of 8 bits, found " +
            std::to_string(n) + ":" + std::to_string(m) + " " + dtypes.all[weight_dtype].name + " with " +
            std::to_string(in_features));
@@ -156,8 +157,9 @@ void nm_linear_interleaved(Value* stack, uint64_t, uint64_t) {
   const auto begin = sampled ? std::chrono::steady_clock::now() : std::chrono::steady_clock::time_point();
   const int32_t status = maskpro_nm_linear(
       y.data(), x.data(), weight.data(), scale ? static_cast<const float*>(scale.data()) : nullptr,
-      x_scale ? static_cast<const float*>(x_scale.data()) : nullptr, bias ? bias.data() : nullptr, tokens, in_features, out_features, static_cast<int32_t>(n), static_cast<int32_t>(m),
-      act_dtype, weight_dtype, bias_dtype, static_cast<int32_t>(isa), static_cast<int32_t>(threads));
+      x_scale ? static_cast<const float*>(x_scale.data()) : nullptr, bias ? bias.data() : nullptr, tokens, in_features,
+      out_features, static_cast<int32_t>(n), static_cast<int32_t>(m), act_dtype, weight_dtype, bias_dtype,
+      static_cast<int32_t>(isa), static_cast<int32_t>(threads));
   if (status != MASKPRO_OK) {
     const char* const names[] = {"", "bad argument", "instruction set not available", "out of memory"};
     throw std::runtime_error("native nm_linear failed: " + std::string(names[status]) + " (x " + x.shape() +

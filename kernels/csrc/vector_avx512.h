@@ -69,6 +69,12 @@ struct Avx512 {
     w[0] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
   }
 
+  // The permutation of bytes that takes byte r of four slots of sixteen rows each to the lane of row r.
+  static __m512i bytes_by_row() {
+    const __m512i rows = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return _mm512_or_si512(_mm512_mullo_epi32(rows, _mm512_set1_epi32(0x01010101)), _mm512_set1_epi32(0x30201000));
+  }
+
   // Each lane's own of a group's activations: by index j of its row, or the only one. A permute ignores the bits above
   // its own, which belong to the next slots; for groups of eight, twice over, bit 3 chooses between equals.
   template <int kBits>

@@ -22,8 +22,8 @@ from maskpro_kernels.pattern import NMPattern
 from maskpro_kernels.support import Backend, select_backend
 
 _ROWS = 16
-MOST_ROUNDED = 1 << 18
-"""The in_features from which on sums of 8-bit products might not fit 32 bits."""
+MOST_ROUNDED = (1 << 18) - 4
+"""The largest in_features for which sums of 8-bit products of 2:4 fit 32 bits."""
 DENSE = NMPattern(4, 4)
 """The pattern of a weight that keeps everything: no index is stored, and any in_features that 4 divides will do."""
 
@@ -77,7 +77,7 @@ def interleave(weight: NMWeight, inputs: EightBitInputs | None = None) -> Interl
     """
     _on_cpu(weight.values)
     dtype, columns = weight.values.dtype, weight.shape[1]
-    may_round = inputs is not None and inputs.dtype == dtype and columns < MOST_ROUNDED
+    may_round = inputs is not None and inputs.dtype == dtype and columns <= MOST_ROUNDED
     backend = _backend(weight.pattern, dtype, may_round=may_round)
     data = _interleaved(weight.values, weight.bitmask, columns, weight.pattern)
     scale = None if weight.scale is None else weight.scale.contiguous()

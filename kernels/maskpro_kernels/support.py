@@ -134,7 +134,7 @@ _TWO_OF_FOUR = (NMPattern(2, 4),)
 # In order of preference, but that the fastest instruction set of this CPU comes first (_cpu.available_isas). On a GPU
 # they compete instead (cuda/tuning.py), and the first is what needs no measurement.
 BACKENDS = (
-    # Activations or weights that it has no products of are the next one's, under its name.
+    # Activations or weights that one has no products of are the next one's that does not round, under its name.
     Backend("cpu-amx-bf16", ("cpu",), _FLOATS, _KEPT, isa="amx-bf16"),
     Backend(
         "cpu-avx512-vnni", ("cpu",), _FLOATS, (torch.int8,), isa="avx512-vnni", patterns=_TWO_OF_FOUR, rounds=True
@@ -229,7 +229,7 @@ def _candidates(
         asked = [b for b in BACKENDS if b.name.startswith(f"{request}-")]
     else:
         asked = [b for b in BACKENDS if b.name == request]
-        if device == "cpu" and asked[0].rounds and asked[0].unavailable is None:
+        if device in asked[0].devices and asked[0].isa in _cpu.ROUNDING_ISAS and asked[0].unavailable is None:
             asked += [b for b in BACKENDS if b.name.startswith("cpu-") and not b.rounds]
     found, reasons = [], []
     for backend in asked:

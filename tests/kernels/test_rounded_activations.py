@@ -8,7 +8,7 @@ from cases import at_once
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maskpro_kernels import NMPattern, NMWeight, UnsupportedKernelError, _cpu, nm_linear, pack, to_int8
+from maskpro_kernels import NMPattern, NMWeight, UnsupportedKernelError, _cpu, nm_linear, pack, support, to_int8
 from maskpro_kernels.activations import EightBitInputs
 from maskpro_kernels.interleaved import MOST_ROUNDED, InterleavedWeight, interleave, interleave_dense
 from maskpro_kernels.reference import nm_linear_reference, nm_linear_w8a8_reference
@@ -105,8 +105,9 @@ def test_activations_are_rounded_as_the_reference_rounds_them(dtype, scale):
 
 @needs_vnni
 def test_the_largest_sums_there_are():
-    columns, rows = MOST_ROUNDED - 8, 17
-    bits = torch.full((rows, columns // 8), 0x33, dtype=torch.uint8)
+    columns, rows = MOST_ROUNDED, 17
+    bits = torch.full((rows, (columns + 7) // 8), 0x33, dtype=torch.uint8)
+    bits[:, -1] = 0x03  # of half a byte
     values = torch.full((rows, columns // 2), -128, dtype=torch.int8)
     weight = NMWeight(values, bits, (rows, columns), PATTERN, torch.ones(rows))
     inputs = EightBitInputs(torch.int8, torch.tensor([1.0]))
@@ -182,7 +183,7 @@ def test_activations_are_rounded_only_where_that_is_allowed(monkeypatch):
         # What may not be rounded, or has no kernel for it, is multiplied as if nothing had been asked for.
         for inputs in (None, EightBitInputs(torch.float8_e4m3fn)):
             assert interleave(weight, inputs).backend == best
-        assert interleave(int8_weight(1, MOST_ROUNDED), EACH_TOKEN).backend == best
+        assert interleave(int8_weight(1, MOST_ROUNDED + 4), EACH_TOKEN).backend == best
         assert interleave(to_int8(pack(torch.randn(4, 64), NMPattern(4, 8))), EACH_TOKEN).backend == best
         assert interleave_dense(torch.randn(4, 64).bfloat16()).backend == best
     else:
@@ -196,6 +197,57 @@ def test_activations_are_rounded_only_where_that_is_allowed(monkeypatch):
         assert order.backend == best
         torch.testing.assert_close(nm_linear(x, order), exact, rtol=1e-5, atol=1e-5)
         assert select_backend(PATTERN, torch.bfloat16, torch.int8, "cpu").name == best
+
+
+@pytest.mark.parametrize(
+    ("isas", "vnni", "request_", "chosen"),
+    [
+        (("amx-bf16", "avx512"), True, "auto", "cpu-amx-bf16"),
+        (("amx-bf16", "avx512"), True, "cpu", "cpu-amx-bf16"),
+        (("amx-bf16", "avx512"), True, "cpu-avx512-vnni", "cpu-avx512-vnni"),
+        (("avx512-bf16", "avx512"), True, "auto", "cpu-avx512-vnni"),
+        (("avx512", "avx512-bf16"), True, "auto", "cpu-avx512-vnni"),
+        (("avx512", "avx512-bf16"), True, "cpu-avx512-bf16", "cpu-avx512-bf16"),
+        (("avx512", "avx2"), False, "auto", "cpu-avx512"),
+    ],
+)
+def test_what_other_machines_choose(monkeypatch, isas, vnni, request_, chosen):
+    monkeypatch.setattr(_cpu, "available_isas", lambda: isas)
+    monkeypatch.setattr(_cpu, "isa_available", lambda isa: isa in isas or (vnni and isa == VNNI))
+    monkeypatch.setenv("MASKPRO_KERNEL", request_)
+    support._candidates.cache_clear()
+    try:
+        assert select_backend(PATTERN, torch.bfloat16, torch.int8, "cpu", may_round=True).name == chosen
+        exact = chosen if chosen != f"cpu-{VNNI}" else f"cpu-{isas[0]}"
+        assert select_backend(PATTERN, torch.bfloat16, torch.int8, "cpu").name == exact
+        assert select_backend(PATTERN, torch.bfloat16, torch.bfloat16, "cpu", may_round=True).name == exact
+    finally:
+        support._candidates.cache_clear()
+
+
+@pytest.mark.usefixtures("every_library")
+@pytest.mark.parametrize("may_round", [False, True])
+def test_a_kernel_of_another_device_is_refused(monkeypatch, may_round):
+    monkeypatch.setenv("MASKPRO_KERNEL", "cusparselt-int8")
+    with pytest.raises(UnsupportedKernelError, match="cusparselt-int8: covers cuda only"):
+        select_backend(PATTERN, torch.bfloat16, torch.int8, "cpu", may_round=may_round)
+
+
+def test_one_list_of_instruction_sets_whose_kernels_round():
+    assert {backend.isa for backend in support.BACKENDS if backend.isa and backend.rounds} == set(_cpu.ROUNDING_ISAS)
+
+
+@pytest.mark.parametrize("name", _cpu.ROUNDING_ISAS)
+def test_kernels_that_round_are_no_others(name):
+    """The learning step has none; on a machine that lacks the instructions there are none at all."""
+    logits = torch.zeros(8, 4)
+    with pytest.raises(RuntimeError, match="native policy_step failed: instruction set not available"):
+        _cpu.policy_step(logits, None, None, None, None, 2, 4, (), 0, 0, 0, name, 1)
+    if not _cpu.isa_available(name):
+        order = interleave_as_they_are(int8_weight(16, 64))
+        arguments = (torch.randn(3, 64), order.data, order.scale, None, 16, 64, 2, 4, torch.int8, _cpu.ISA_CODES[name])
+        with pytest.raises(RuntimeError, match="native nm_linear failed: instruction set not available"):
+            torch.ops.maskpro.nm_linear_interleaved(*arguments)
 
 
 @pytest.mark.parametrize("name", _cpu.ROUNDING_ISAS)

@@ -9,12 +9,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import PreTrainedModel
+
+from maskpro_kernels import NativeLibraryError
+from maskpro_kernels._cpu import isa_available
 
 GREEDY = Path(__file__).parent / "greedy.py"
 ONE_SCALE = Path(__file__).parent.parent / "fixtures" / "legacy" / "bitmask-int8-tensor-static"
 """A checkpoint of compressed-tensors with one scale for each matrix."""
+
+
+def _has_vnni() -> bool:
+    try:
+        return isa_available("avx512-vnni")
+    except NativeLibraryError:
+        return False
+
+
+needs_vnni = pytest.mark.skipif(not _has_vnni(), reason="this machine has no avx512-vnni")
 
 
 def run_python(*arguments: object, timeout: int = 300) -> subprocess.CompletedProcess[str]:

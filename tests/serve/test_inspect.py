@@ -9,11 +9,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from processes import ONE_SCALE
+from processes import ONE_SCALE, needs_vnni
 from safetensors.torch import load_file, save_file
 
 from maskpro_kernels import NMWeight
-from maskpro_kernels._cpu import available_isas, isa_available
+from maskpro_kernels._cpu import available_isas
 from maskpro_serve import convert, load_packed
 from maskpro_serve.pack_cli import main
 
@@ -48,7 +48,7 @@ def test_packed(tiny, capsys, monkeypatch, kind):
     )
 
 
-@pytest.mark.skipif(not isa_available("avx512-vnni"), reason="this machine has no avx512-vnni")
+@needs_vnni
 def test_the_kernel_that_rounds_is_named_where_that_is_allowed(tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("MASKPRO_KERNEL", "cpu-avx512-vnni")
     convert(tiny["dense"], tmp_path / "w8a8", mask=tiny["mask"], values="int8", activations="int8")

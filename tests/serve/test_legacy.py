@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from processes import greedy_tokens, serve_greedily
+from processes import greedy_tokens, needs_vnni, serve_greedily
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -77,7 +77,7 @@ def test_says_what_is_packed_and_that_activations_are_not_quantized(served):
 
 @pytest.mark.vllm
 @pytest.mark.timeout(600)
-@pytest.mark.skipif(not isa_available("avx512-vnni"), reason="this machine has no avx512-vnni")
+@needs_vnni
 def test_rounds_activations_as_the_checkpoint_says(tmp_path, monkeypatch):
     """The tokens are those of transformers on the dequantized twin, the inputs of its quantized linears rounded."""
     names = ["bitmask-int8-channel-dynamic", "bitmask-int8-tensor-static"]

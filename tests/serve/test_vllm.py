@@ -8,10 +8,9 @@ import shutil
 
 import pytest
 import torch
-from processes import GREEDY, greedy_tokens, run_python, serve_greedily
+from processes import GREEDY, greedy_tokens, needs_vnni, run_python, serve_greedily
 from transformers import AutoModelForCausalLM
 
-from maskpro_kernels._cpu import isa_available
 from maskpro_learner.packed_model import load_packed_model
 from maskpro_serve import convert
 
@@ -38,7 +37,7 @@ def test_int8_values_equal_their_unpacked_twin(greedy):
     assert greedy["int8"] != greedy["packed"]
 
 
-@pytest.mark.skipif(not isa_available("avx512-vnni"), reason="this machine has no avx512-vnni")
+@needs_vnni
 def test_activations_are_rounded_where_the_checkpoint_allows_it(tiny, tmp_path, monkeypatch):
     """The tokens of the model that maskpro-eval measures."""
     folder, prompts = tmp_path / "w8a8", [list(range(3, 8)), list(range(40, 73))]
