@@ -38,7 +38,7 @@ namespace {
 
 constexpr int64_t kByteTile = 16;  // tokens whose sums are in registers
 
-// Columns of a piece, whose bytes stay in L1 for a tile of tokens and one block of the weight.
+// Chunks of a piece, 1024 columns, whose bytes stay in L1 for a tile of tokens and one block of the weight.
 constexpr int64_t kBytePieceChunks = 32;
 
 // Blocks of rows that meet a tile's activations while those are in L1.
