@@ -19,6 +19,7 @@ from maskpro_kernels.base_model import model_folder, other_base, weights_sha256
 from maskpro_kernels.mask_sources import MaskSource, open_masks
 from maskpro_kernels.model_folder import CheckpointError
 from maskpro_kernels.packed_checkpoint import PackedFormat, check_eight_bits
+from maskpro_kernels.support import has_rounding_kernel
 from maskpro_serve.dense_model import DenseModel, open_dense_model
 from maskpro_serve.packing_plan import Plan, packed_specs, plan_by_masks, plan_by_zeros, plan_shards
 from maskpro_serve.partial_output import PartialOutput, file_identity, partial_output
@@ -161,7 +162,7 @@ def _plan(
 
 
 def _without_kernel(activations: str | None, pattern: NMPattern) -> list[str]:
-    if activations is None or pattern == NMPattern(2, 4):
+    if activations is None or has_rounding_kernel(pattern):
         return []
     return [f"activations of {activations}: no kernel rounds them beside {pattern} weights, only beside 2:4 ones"]
 

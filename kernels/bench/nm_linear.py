@@ -211,10 +211,10 @@ def main() -> None:
     machine = this_machine()
     weights: torch.dtype = getattr(torch, arguments.weights)
     activations: torch.dtype = getattr(torch, arguments.activations)
+    kernel = chosen_kernel(arguments.patterns, activations, weights)
     size = set_bytes(machine)
     reader = fastest_reader(size)
     peak = peak_flops()
-    kernel = chosen_kernel(arguments.patterns, activations, weights)
     print(machine, f"torch float32 product: {peak / 1e9:.0f} GFLOP/s", sep="\n")
     print(
         f"{kernel}, {arguments.weights}, {arguments.activations} activations; every rival walks through copies of its "

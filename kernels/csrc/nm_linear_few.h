@@ -26,13 +26,6 @@ namespace maskpro {
 // bfloat16: 7 KiB and, of 16 tokens, 12).
 constexpr int64_t kPieceChunks = 12;
 
-// Blocks of rows that meet a tile's activations while those are in L1; one after the other, where there are many tiles,
-// they would fetch them from L2 each time. Of 4, 6, 8 and 12 the fastest for 128 tokens and more on a Zen 5 core.
-constexpr int64_t kMostTogether = 12;
-
-// Times a thread takes blocks, at least: so that others can take from it what is left.
-constexpr int64_t kLeastTakes = 4;
-
 // In how many parts each of a few sums is added up: one product would wait for another, four cycles or, of a pair, six,
 // while the memory of a Zen 5 core sends a slot of int8 in less. Pairs of 16 bits gain only for one token.
 template <class Isa, class Weight>
@@ -155,10 +148,7 @@ class FewTokens {
 
   // Of how many blocks a thread takes the rows at once; all threads take as many.
   int64_t blocks_together() const {
-    if (!Isa::kPairs || !many_tiles()) return 1;
-    const int64_t share = (sizes_.blocks + call_.threads - 1) / call_.threads;
-    const int64_t takes = std::max((share + kMostTogether - 1) / kMostTogether, std::min(share, kLeastTakes));
-    return (share + takes - 1) / takes;
+    return Isa::kPairs && many_tiles() ? Shares::together(call_.threads, sizes_.blocks) : 1;
   }
 
   // Whether integers become pairs of bfloat16 once for all tiles, rather than for each.

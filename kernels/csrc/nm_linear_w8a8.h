@@ -41,9 +41,6 @@ constexpr int64_t kByteTile = 16;  // tokens whose sums are in registers
 // Chunks of a piece, 1024 columns, whose bytes stay in L1 for a tile of tokens and one block of the weight.
 constexpr int64_t kBytePieceChunks = 32;
 
-// Blocks of rows that meet a tile's activations while those are in L1.
-constexpr int64_t kByteBlocksTogether = 12;
-
 constexpr int64_t kByteChunk = chunk_bytes(2, 1);
 constexpr int64_t kByteColumns = 32;  // of a chunk
 
@@ -171,9 +168,7 @@ class EightBitTokens {
   bool many_tiles() const { return call_.tokens > 2 * kByteTile; }
 
   int64_t blocks_together() const {
-    if (!many_tiles()) return 1;
-    const int64_t share = (sizes_.blocks + call_.threads - 1) / call_.threads;
-    return std::min(kByteBlocksTogether, (share + 3) / 4);  // four takes at least, so that others can take what is left
+    return many_tiles() ? Shares::together(call_.threads, sizes_.blocks) : 1;
   }
 
   void round(int64_t token, uint8_t* levels, float* scales) const {

@@ -1,5 +1,7 @@
 #include "shares.h"
 
+#include <algorithm>
+
 namespace maskpro {
 namespace {
 
@@ -17,6 +19,16 @@ int64_t count_of(uint64_t rest) { return last_of(rest) - first_of(rest); }
 Shares::Shares(int64_t threads, int64_t blocks, int64_t unit)
     : shares_(threads < kMost ? threads : kMost), blocks_(blocks), unit_(unit) {
   for (int64_t share = 0; share < shares_; ++share) deal(share);
+}
+
+int64_t Shares::together(int64_t threads, int64_t blocks) {
+  // Of 4, 6, 8 and 12 the fastest for 128 tokens and more on a Zen 5 core.
+  constexpr int64_t kMostTogether = 12;
+  // Times a thread takes blocks, at least: so that others can take from it what is left.
+  constexpr int64_t kLeastTakes = 4;
+  const int64_t share = (blocks + threads - 1) / threads;
+  const int64_t takes = std::max((share + kMostTogether - 1) / kMostTogether, std::min(share, kLeastTakes));
+  return (share + takes - 1) / takes;
 }
 
 void Shares::deal(int64_t share) {

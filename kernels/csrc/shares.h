@@ -18,6 +18,10 @@ class Shares {
   // unit: blocks that stay together, but for the last; there are less than 2^32 units.
   Shares(int64_t threads, int64_t blocks, int64_t unit);
 
+  // How many blocks to take at once where they meet a tile's activations while those are in L1: one after the other,
+  // where there are many tiles, they would fetch them from L2 each time. All takes are alike, as far as they can be.
+  static int64_t together(int64_t threads, int64_t blocks);
+
   // Takes blocks [*begin, *end), at most `most` units of them. False: none is left.
   bool take(int64_t thread, int64_t most, int64_t* begin, int64_t* end);
 

@@ -60,3 +60,12 @@ class EightBitInputs:
             return (x / scale).round().clamp(-LEVELS - 1, LEVELS).to(torch.int8), scale
         largest = LARGEST[self.dtype]
         return (x / scale).clamp(-largest, largest).to(self.dtype), scale
+
+    def simulated(self, x: Tensor) -> Tensor:
+        """The numbers that :meth:`rounded` activations stand for (fake quantization), float32.
+
+        Args:
+            x: (..., in_features).
+        """
+        levels, scale = self.rounded(x.reshape(-1, x.shape[-1]))
+        return (levels.float() * scale).reshape(x.shape)

@@ -169,6 +169,11 @@ BACKENDS = (
 _FAMILIES = ("auto", "cpu")
 
 
+def has_rounding_kernel(pattern: NMPattern) -> bool:
+    """Whether any machine's kernels round activations to 8 bits beside int8 weights of this pattern."""
+    return any(b.rounds and torch.int8 in b.weight_dtypes and pattern in b.patterns for b in BACKENDS)
+
+
 def select_backend(
     pattern: NMPattern, activation: torch.dtype, weight: torch.dtype, device: str, *, may_round: bool = False
 ) -> Backend:

@@ -20,12 +20,10 @@ from maskpro_kernels import LowRank, NMPattern, NMWeight, read_masks, read_recov
 from maskpro_kernels.activations import EightBitInputs
 from maskpro_kernels.base_model import model_folder, other_base, weights_sha256
 from maskpro_kernels.packed_checkpoint import QUANT_METHOD, PackedFormat, packed_weights
+from maskpro_kernels.support import has_rounding_kernel
 from maskpro_learner.checkpoints import check_model, load_model
 from maskpro_learner.errors import LearnerError, ModelError
 from maskpro_learner.layers import apply_masks
-
-_ROUNDED = NMPattern(2, 4)
-"""The pattern that has kernels which round activations."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +159,7 @@ def load_packed_model(name: str, dtype: torch.dtype, device: str = "cpu") -> tup
             raise ModelError(f"{folder}: tensor {names[0]} is {problem} ({len(names)} in all)")
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    if found.activations is not None and found.pattern == _ROUNDED:
+    if found.activations is not None and has_rounding_kernel(found.pattern):
         for layer, module in model.named_modules():
             if isinstance(module, torch.nn.Linear) and layer not in found.ignore:
                 module.register_forward_pre_hook(_round_inputs)
@@ -173,5 +171,4 @@ def load_packed_model(name: str, dtype: torch.dtype, device: str = "cpu") -> tup
 def _round_inputs(_: torch.nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
     """Of a linear: to what its int8 kernel multiplies, each token by a scale of its own; 16 bits round once more."""
     (x,) = inputs
-    levels, scale = EightBitInputs(torch.int8).rounded(x.reshape(-1, x.shape[-1]))
-    return ((levels * scale).to(x.dtype).reshape(x.shape),)
+    return (EightBitInputs(torch.int8).simulated(x).to(x.dtype),)

@@ -76,6 +76,7 @@ def test_a_dynamic_activation_is_off_by_half_a_step(dtype, exponent):
     assert torch.isfinite(scale).all()
     assert (scale >= torch.finfo(torch.float32).tiny).all()
     step = torch.ones_like(x) if dtype == INT8 else (levels.double().abs() / 8).clamp_min(2.0**-9)
+    assert torch.equal(EightBitInputs(dtype).simulated(x.reshape(3, 3, 128)).reshape(9, 128), levels.float() * scale)
     error = (levels.double() * scale.double() - x.double()).abs()
     assert (error <= step.double() * scale.double() * (0.5 + 1e-5)).all()
     if exponent > -38:  # a scale that is a normal number: the largest of each token is the largest level
