@@ -22,7 +22,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from maskpro_kernels.base_model import weights_sha256
-from maskpro_learner.chat_prompts import seed_prompts
+from maskpro_learner.chat_prompts import prompt_families, seed_prompts, short_families
 from maskpro_learner.checkpoints import load_model, load_tokenizer
 from maskpro_learner.command_line import check_device
 from maskpro_learner.errors import LearnerError, ModelError
@@ -248,8 +248,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "vLLM's worker dies of seeds, maskpro-serve; OPENAI_API_KEY has its key",
     )  # fmt: skip
     parser.add_argument("--prompts", type=int, default=480, help="user prompts to answer (default 480)")
-    parser.add_argument(
+    whose = parser.add_mutually_exclusive_group()
+    whose.add_argument(
         "--own-prompts", action="store_true", help="let the model write the prompts; doubles and long ones are left out"
+    )
+    whose.add_argument(
+        "--short-questions", action="store_true", help="ask short questions, which one fact or sentence answers"
     )
     parser.add_argument(
         "--keep-unfinished", action="store_true", help="keep answers that are cut off (for distillation only)"
@@ -265,7 +269,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet_transformers()
     try:
         _check(options)
-        prompts = [] if options.own_prompts else seed_prompts(options.prompts, options.seed)
+        families = short_families() if options.short_questions else prompt_families()
+        prompts = [] if options.own_prompts else seed_prompts(options.prompts, options.seed, families)
         if not options.output.parent.is_dir():
             raise LearnerError(f"{options.output}: its folder does not exist")
         writer = _writer(options)

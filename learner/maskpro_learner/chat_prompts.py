@@ -7,9 +7,11 @@ so a mask is learned on the text the model will meet and produce as a chat assis
 from __future__ import annotations
 
 import itertools
+import json
 import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-# fmt: off
 # fmt: off
 _COUNTRIES = [
     "France", "Germany", "Italy", "Spain", "Portugal", "Greece", "Egypt", "Kenya", "Nigeria", "Morocco", "India",
@@ -139,7 +141,6 @@ _REQUESTS = [
     "Summarize this in one sentence", "What is the main idea of this text", "Give this text a title",
 ]
 # fmt: on
-# fmt: on
 
 _CAPITALS = ("What is the capital of {}?", "Which city is the capital of {}?", "Name the capital city of {}.")
 _SUMS = ("What is {} plus {}?", "What is {} + {}?", "Calculate {} + {}.", "Add {} and {}.")
@@ -148,7 +149,7 @@ _EXPLAIN = ("Explain {} in one sentence.", "What is {}?", "Explain {} to a child
 _HOW_TO = ("How do I {}?", "Give me one tip to {}.", "Explain step by step how to {}.")
 
 
-def _fill(templates: tuple[str, ...], *choices: list[str] | tuple[str, ...]) -> list[str]:
+def _fill(templates: Sequence[str], *choices: Sequence[str]) -> list[str]:
     return [template.format(*words) for template in templates for words in itertools.product(*choices)]
 
 
@@ -178,16 +179,35 @@ def prompt_families() -> dict[str, list[str]]:
     }
 
 
-def seed_prompts(count: int, seed: int) -> list[str]:
+def short_families() -> dict[str, list[str]]:
+    """Short questions, which one fact or sentence answers, by family; without duplicates, always in the same order.
+
+    They are for what pruning forgets first: a fact is one token of an answer. ``short_questions.json`` has, for each
+    family, templates and the words that fill them. What :mod:`maskpro_learner.chat_quiz` asks is not among them, nor
+    in other words.
+    """
+    families = json.loads(Path(__file__).with_name("short_questions.json").read_text(encoding="utf-8"))
+    return {
+        name: list(dict.fromkeys(prompt for group in groups for prompt in _fill(group["ask"], *group["words"])))
+        for name, groups in families.items()
+    }
+
+
+def seed_prompts(count: int, seed: int, by_family: Mapping[str, Sequence[str]] | None = None) -> list[str]:
     """Draws distinct prompts, as evenly over the families as their sizes allow, in random order.
 
     Any prefix is varied too, so a corpus may be cut into parts.
+
+    Args:
+        count: prompts to draw.
+        seed: of the draw.
+        by_family: the prompts there are; :func:`prompt_families` if None.
 
     Raises:
         ValueError: ``count`` is below 1, or above the number of prompts there are.
     """
     generator = random.Random(seed)
-    families = list(prompt_families().values())
+    families = [list(family) for family in (by_family or prompt_families()).values()]
     total = sum(len(family) for family in families)
     if not 1 <= count <= total:
         raise ValueError(f"prompts: expected between 1 and {total}, found {count}")

@@ -14,25 +14,35 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from maskpro_learner import ModelError, chat_corpus
 from maskpro_learner.chat_corpus import answer, main, own_prompts, render_prompt, write_chat_corpus
-from maskpro_learner.chat_prompts import prompt_families, seed_prompts
+from maskpro_learner.chat_prompts import prompt_families, seed_prompts, short_families
 from maskpro_learner.partial_chats import PartialChats
 from maskpro_learner.writers import ModelWriter
 
 
-def test_prompts_are_distinct_varied_and_seeded() -> None:
-    families = prompt_families()
+@pytest.mark.parametrize("families", [prompt_families(), short_families()], ids=["varied", "short"])
+def test_prompts_are_distinct_varied_and_seeded(families: dict[str, list[str]]) -> None:
     everything = [prompt for family in families.values() for prompt in family]
     assert len(everything) == len(set(everything)) > 1500
-    prompts = seed_prompts(200, seed=3)
+    prompts = seed_prompts(200, 3, families)
     assert len(set(prompts)) == 200
-    assert prompts == seed_prompts(200, seed=3) != seed_prompts(200, seed=4)
-    assert prompts[:50] == seed_prompts(50, seed=3)
+    assert prompts == seed_prompts(200, 3, families) != seed_prompts(200, 4, families)
+    assert prompts[:50] == seed_prompts(50, 3, families)
     for name, family in families.items():
         assert set(prompts) & set(family), name
-    assert sorted(seed_prompts(len(everything), 0)) == sorted(everything)
+    assert sorted(seed_prompts(len(everything), 0, families)) == sorted(everything)
     for count in (0, len(everything) + 1):
         with pytest.raises(ValueError, match=f"prompts: expected between 1 and {len(everything)}, found {count}"):
-            seed_prompts(count, 0)
+            seed_prompts(count, 0, families)
+
+
+def test_short_questions_are_short_and_filled_in() -> None:
+    for name, family in short_families().items():
+        for prompt in family:
+            assert prompt[0].isupper(), (name, prompt)
+            assert prompt.endswith(("?", ".")), (name, prompt)
+            assert len(prompt.split()) <= 16, (name, prompt)
+            assert not {"{", "}"} & set(prompt), (name, prompt)
+            assert prompt == " ".join(prompt.split()), (name, prompt)
 
 
 def test_batched_answers_are_those_of_one_prompt_alone(

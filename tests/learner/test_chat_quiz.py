@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from maskpro_learner import LearnerError, ModelError
 from maskpro_learner.chat_corpus import answer
-from maskpro_learner.chat_prompts import prompt_families
+from maskpro_learner.chat_prompts import prompt_families, short_families
 from maskpro_learner.chat_quiz import Question, degenerate, quiz, read_questions
 from maskpro_learner.writers import ModelWriter
 
@@ -26,8 +27,23 @@ def test_forty_questions_and_none_of_them_a_training_prompt(shipped: dict[str, Q
     assert len(shipped) == 40
     kinds = Counter(question.kind for question in shipped.values())
     assert kinds == {"capital": 8, "sum": 6, "opposite": 8, "colour": 3, "fact": 9, "sentence": 6}
-    prompts = {prompt.casefold().strip() for family in prompt_families().values() for prompt in family}
+    families = [*prompt_families().items(), *short_families().items()]
+    prompts = [prompt.casefold() for _, family in families for prompt in family]
     assert [question for question in shipped if question.casefold() in prompts] == []
+    # Nor are they asked in other words: their countries nowhere, their sums, words and things not in their families.
+    subjects = {
+        "capital": "croatia|zagreb|romania|bucharest|netherlands|amsterdam|south korea|seoul|philippines|manila|"
+        "pakistan|islamabad|england|london|saudi|riyadh",
+        "sum": r"(1 \S+ [126]|[26] \S+ 1|6 (\+|plus) 6|(11|30) \S+ (11|30)|double (1|6|11|30)|half of (2|12|22|60))\W*$",
+        "opposite": "cold|small|left|down|tall|north|yes|top",
+        "colour": "raven|swan|leaf|leaves",
+        "fact": "in a week|hours are|seconds are|fingers|a dog have|first month|sun rise|its light|we live on",
+        "sentence": "rain|dogs|summer|(a|the) mountain|apples|elephants",
+    }
+    asked = [prompt.casefold() for family in short_families().values() for prompt in family]
+    for kind, pattern in subjects.items():
+        within = asked if kind in ("capital", "fact") else [p.casefold() for p in short_families()[kind]]
+        assert [prompt for prompt in within if re.search(rf"\b({pattern})(\b|$)", prompt)] == [], kind
 
 
 # What SmolLM2-135M-Instruct said, greedily, and some that it did not.
