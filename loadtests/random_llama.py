@@ -2,7 +2,7 @@
 
 With values and activations of int8, dense is also written so: as compressed-tensors' W8A8, which vLLM serves itself.
 
-    python loadtests/random_llama.py [--shape 7b] [--values int8 [--activations int8]] [--output FOLDER]
+    python loadtests/random_llama.py [--shape 7b] [--values int8 [--activations int8]] [--head int8] [--output FOLDER]
     make loadtest ARGS="--model-a FOLDER/sparse --model-b FOLDER/dense --output build/loadtest-1.1b"
     python loadtests/footprint.py FOLDER/sparse FOLDER/dense
 
@@ -156,6 +156,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="1.1b", help="(default 1.1b)")
     parser.add_argument("--values", choices=["int8"], help="of the packed model, in sparse-int8/ (default bfloat16)")
     parser.add_argument("--activations", choices=["int8"], help="rounded too, beside --values int8: sparse-int8-int8/")
+    parser.add_argument("--head", choices=["int8"], help="the output head, in sparse-...-head/")
     parser.add_argument("--output", type=Path, help="folder for dense/ and sparse/ (default random-SHAPE in the cache)")
     arguments = parser.parse_args()
     if arguments.activations and not arguments.values:
@@ -165,9 +166,10 @@ def main() -> None:
     if not (folder / "dense").is_dir():
         write_dense(folder / "dense", arguments.shape)
     given = {name: kind for name in ("values", "activations") if (kind := getattr(arguments, name))}
-    sparse = folder / "-".join(["sparse", *given.values()])
+    head = {"head": arguments.head} if arguments.head else {}
+    sparse = folder / "-".join(["sparse", *given.values(), *head])
     if not sparse.is_dir():
-        pack(folder / "dense", sparse, [word for name, kind in given.items() for word in (f"--{name}", kind)])
+        pack(folder / "dense", sparse, [word for name, kind in (given | head).items() for word in (f"--{name}", kind)])
     dense = folder / "-".join(["dense", *given.values()]) if len(given) == 2 else folder / "dense"
     if not dense.is_dir():
         write_dense_w8a8(dense, folder / "dense")

@@ -67,6 +67,7 @@ def convert(
     recovery: str | os.PathLike[str] | None = None,
     values: str | None = None,
     activations: str | None = None,
+    head: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     progress: bool = False,
 ) -> ConversionReport:
@@ -84,6 +85,7 @@ def convert(
         recovery: a recovery file made with this mask: its low-rank updates are merged into the kept weights.
         values: ``int8`` rounds the kept values to 8 bits, with a scale for each output; None keeps them as they are.
         activations: ``int8``, beside int8 values, allows whoever serves the model to round activations as well.
+        head: ``int8`` allows whoever serves the model to round the output head's rows to 8 bits; it is stored as it is.
         shard_bytes: the largest file to write, but for a tensor that is larger.
         progress: draw a progress bar on stderr.
 
@@ -100,7 +102,7 @@ def convert(
     The model's files are read once, and beside that hashed where the mask says which weights it was made for.
     """
     target = Path(output)
-    check_eight_bits(values, activations)
+    check_eight_bits(values, activations, head)
     if target.exists():
         raise FileExistsError(f"{target}: already exists; remove it or choose another --output")
     source = model_folder(os.fspath(model))
@@ -119,7 +121,7 @@ def convert(
     updates = _recovery(recovery, masks, dense, provenance)
     claims = [] if masks is None else [(masks.path, provenance)]
     check = _BaseCheck(source, claims if recovery is None else [*claims, (Path(recovery), provenance["recovery"])])
-    inputs = _inputs(dense, mask, pattern, recovery, values, activations, shard_bytes)
+    inputs = _inputs(dense, mask, pattern, recovery, values, activations, head, shard_bytes)
     with partial_output(target, inputs) as partial:
         plan = _plan(partial, dense, masks, None if pattern == "auto" else pattern, progress)
         shards = plan_shards(dense, plan, values, shard_bytes)
@@ -131,6 +133,7 @@ def convert(
         warnings = (*check.warnings(provenance), *_without_kernel(activations, plan.pattern))
         write_rest(partial.folder, dense, shards, PackedFormat(
             plan.pattern, ("lm_head", *sorted({*plan.dense, *dense.beyond})), provenance, values, activations,
+            head,
         ))  # fmt: skip
     linears = [dense.headers[f"{prefix}.weight"] for prefix in plan.packed]
     packed_bytes = sum(
@@ -169,7 +172,8 @@ def _without_kernel(activations: str | None, pattern: NMPattern) -> list[str]:
 
 def _inputs(
     dense: DenseModel, mask: str | os.PathLike[str] | None, pattern: NMPattern | str | None,
-    recovery: str | os.PathLike[str] | None, values: str | None, activations: str | None, shard_bytes: int,
+    recovery: str | os.PathLike[str] | None, values: str | None, activations: str | None, head: str | None,
+    shard_bytes: int,
 ) -> dict[str, Any]:  # fmt: skip
     """All that the output depends on."""
     files = sorted({info.file for info in dense.headers.values()})
@@ -179,7 +183,7 @@ def _inputs(
     return {
         "layout": _LAYOUT, "files": [file_identity(path) for path in files], "config": dense.config,
         "pattern": None if pattern is None else str(pattern), "values": values, "activations": activations,
-        "shard_bytes": shard_bytes, "given": [str(path) for path in given],
+        "head": head, "shard_bytes": shard_bytes, "given": [str(path) for path in given],
     }  # fmt: skip
 
 

@@ -48,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{found.other_nbytes / 1e6:.1f} MB of other tensors",
         highlight=False,
     )
+    if found.may_round:
+        console.print(f"a server may round to 8 bits: {', '.join(found.may_round)}", highlight=False)
     console.print(_table(found.layers))
     if found.kind == "dense" and any(layer.sampled for layer in found.layers):
         console.print("by a sample of rows: `maskpro-pack --pattern auto` reads all and packs what holds", markup=False)

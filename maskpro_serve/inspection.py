@@ -22,7 +22,7 @@ from maskpro_kernels.packed_checkpoint import (
 from maskpro_kernels.support import select_backend
 from maskpro_serve.dense_model import open_dense_model
 from maskpro_serve.scheme import LinearScheme, scheme_of_packed
-from maskpro_serve.served import check_served, legacy_format
+from maskpro_serve.served import check_served, legacy_format, stored_schemes
 from maskpro_serve.zero_patterns import count_zeros
 
 SAMPLE_ROWS = 64
@@ -65,6 +65,7 @@ class Inspection:
         layers: the linears.
         other_nbytes: of all other tensors: embeddings, norms, the output head.
         provenance: what the folder says about its mask.
+        may_round: what a server may round to 8 bits beside stored values: ``activations`` of packed linears, ``head``.
     """
 
     folder: str
@@ -73,6 +74,7 @@ class Inspection:
     layers: tuple[Layer, ...]
     other_nbytes: int
     provenance: Mapping[str, Any]
+    may_round: tuple[str, ...] = ()
 
 
 def inspect(folder: Path) -> Inspection:
@@ -92,18 +94,20 @@ def inspect(folder: Path) -> Inspection:
         ignored = frozenset(packed.ignore)
         dense = [info for name, info in headers.items() if name.removesuffix(".weight") in ignored]
         layers += tuple(_dense_layer(info) for info in dense if len(info.shape) == 2 and info.name != "lm_head.weight")
-        return _inspection(folder, "packed", packed.pattern, layers, headers, packed.provenance or {})
+        may_round = tuple(name for name in ("activations", "head") if getattr(packed, name) is not None)
+        return _inspection(folder, "packed", packed.pattern, layers, headers, packed.provenance or {}, may_round)
     if (legacy := legacy_format(folder)) is not None:
         check_served(folder, contents=False)
+        may_round = ("activations",) if any(scheme.inputs for scheme in stored_schemes(legacy)) else ()
         if legacy.compressed:
             layers = tuple(
                 _packed_layer(headers, name, legacy.pattern, legacy.scheme(name)) for name in packed_names(headers)
             )
-            return _inspection(folder, "sparse-24-bitmask", legacy.pattern, layers, headers, {})
+            return _inspection(folder, "sparse-24-bitmask", legacy.pattern, layers, headers, {}, may_round)
         if legacy.groups:
             scaled = (name.removesuffix(SCALE_SUFFIX) for name in headers if name.endswith(SCALE_SUFFIX))
             layers = tuple(_dense_layer(headers[f"{name}.weight"]) for name in scaled)
-            return _inspection(folder, "dense", None, layers, headers, {})
+            return _inspection(folder, "dense", None, layers, headers, {}, may_round)
     model = open_dense_model(folder)
     layers = tuple(_dense_layer(model.headers[name]) for name in model.linears)
     return _inspection(folder, "dense", None, layers, headers, {})
@@ -111,10 +115,11 @@ def inspect(folder: Path) -> Inspection:
 
 def _inspection(
     folder: Path, kind: str, pattern: NMPattern | None, layers: tuple[Layer, ...], headers: Mapping[str, TensorInfo],
-    provenance: Mapping[str, Any],
+    provenance: Mapping[str, Any], may_round: tuple[str, ...] = (),
 ) -> Inspection:  # fmt: skip
     other = sum(info.nbytes for info in headers.values()) - sum(layer.nbytes for layer in layers)
-    return Inspection(str(folder), kind, None if pattern is None else str(pattern), layers, other, provenance)
+    named = None if pattern is None else str(pattern)
+    return Inspection(str(folder), kind, named, layers, other, provenance, may_round)
 
 
 def _packed_layer(

@@ -33,6 +33,10 @@ def _parser() -> argparse.ArgumentParser:
         "--activations", choices=["int8"],
         help="with --values int8: let servers round activations to 8 bits too, each token by its own scale (W8A8)",
     )  # fmt: skip
+    parser.add_argument(
+        "--head", choices=["int8"],
+        help="let servers round the output head to 8 bits, with a scale for each row; it is stored as it is",
+    )  # fmt: skip
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to write; must not exist")
     return parser
 
@@ -50,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         pattern = NMPattern.parse(text) if text and text != "auto" else text
         report = convert(
             arguments.model, arguments.output, mask=arguments.mask, pattern=pattern, recovery=arguments.recovery,
-            values=arguments.values, activations=arguments.activations, progress=sys.stderr.isatty(),
+            values=arguments.values, activations=arguments.activations, head=arguments.head,
+            progress=sys.stderr.isatty(),
         )  # fmt: skip
     except (ValueError, OSError, ImportError) as error:
         print(f"maskpro-pack: {error}", file=sys.stderr)
@@ -63,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if report.resumed:
         print(f"{report.resumed} files were there from an earlier run")
     share = report.packed_bytes / report.dense_bytes
-    rounded = [f"{name} of {kind}" for name in ("values", "activations") if (kind := getattr(arguments, name))]
+    rounded = [f"{name} of {kind}" for name in ("values", "activations", "head") if (kind := getattr(arguments, name))]
     print(", ".join([f"{arguments.output}: {len(report.packed)} linears packed {report.pattern}", *rounded]))
     print(f"{report.packed_bytes / 1e6:.1f} MB for {report.dense_bytes / 1e6:.1f} MB of dense weights ({share:.4f})")
     for pattern_found, count in Counter(report.found.values()).most_common():

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from maskpro_kernels.packing import NMWeight
 
+_ROWS = 4096  # of a dense weight, rounded at a time
 LEVELS = 127
 """The largest magnitude; -128 is not used, so that negating a weight is exact."""
 
@@ -25,6 +26,31 @@ def nearest_levels(values: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     return (values / scale).round().to(torch.int8), scale
 
 
+def rows_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Rounds every row of a dense weight to the nearest of 255 levels that span it.
+
+    Args:
+        weight: (out_features, in_features), bfloat16, float16 or float32.
+
+    Returns:
+        int8 levels, and the float32 scale of each row, its largest magnitude / 127 (1 for a row of zeros).
+
+    Raises:
+        ValueError: a weight is not finite.
+
+    Memory: the levels, and some rows in float32.
+    """
+    levels, scale = torch.empty_like(weight, dtype=torch.int8), weight.new_empty(len(weight), dtype=torch.float32)
+    for rows, into, scales in zip(*(each.split(_ROWS) for each in (weight, levels, scale)), strict=True):
+        values = rows.float()
+        if not torch.isfinite(values).all():
+            raise ValueError("int8: expected finite values, found inf or NaN")
+        rounded, steps = nearest_levels(values, 1)
+        into.copy_(rounded)
+        scales.copy_(torch.where(values.any(1), steps.squeeze(1), 1.0))
+    return levels, scale
+
+
 def to_int8(weight: NMWeight) -> NMWeight:
     """Rounds kept values to the nearest of 255 levels that span their row.
 
@@ -40,9 +66,5 @@ def to_int8(weight: NMWeight) -> NMWeight:
     """
     if weight.scale is not None:
         raise ValueError(f"int8: expected values without a scale, found {weight.values.dtype} with one")
-    values = weight.values.float()
-    if not torch.isfinite(values).all():
-        raise ValueError("int8: expected finite values, found inf or NaN")
-    levels, scale = nearest_levels(values, 1)
-    scale = torch.where(values.any(1), scale.squeeze(1), 1.0)
+    levels, scale = rows_to_int8(weight.values)
     return NMWeight(levels, weight.bitmask, weight.shape, weight.pattern, scale)

@@ -85,19 +85,26 @@ def interleave(weight: NMWeight, inputs: EightBitInputs | None = None) -> Interl
     return InterleavedWeight(data, scale, weight.shape, weight.pattern, dtype, backend.isa_code, x_scale)
 
 
-def interleave_dense(weight: Tensor) -> InterleavedWeight:
+def interleave_dense(weight: Tensor, scale: Tensor | None = None) -> InterleavedWeight:
     """The same for a dense (out_features, in_features) weight: it is read in its own dtype, whatever the activations'.
 
+    Args:
+        weight: of 16 or 32 bit floats; or int8, in units of the scale.
+        scale: float32 (out_features,), with int8 only.
+
     Raises:
-        ValueError: 4 does not divide in_features, the dtype is no 16 or 32 bit float, or it is on another device.
+        ValueError: 4 does not divide in_features, another dtype, a scale beside floats or none beside int8, or the
+            weight is on another device.
     """
     _on_cpu(weight)
-    if weight.dtype not in WEIGHT_DTYPES:
-        raise ValueError(f"interleave: expected one of {WEIGHT_DTYPES}, found {weight.dtype}")
+    if weight.dtype not in (*WEIGHT_DTYPES, torch.int8):
+        raise ValueError(f"interleave: expected one of {(*WEIGHT_DTYPES, torch.int8)}, found {weight.dtype}")
+    if (scale is not None) != (weight.dtype == torch.int8):
+        raise ValueError(f"interleave: expected a scale with int8 and with nothing else, found {weight.dtype}")
     DENSE.kept(weight.shape[1])
     backend = _backend(DENSE, weight.dtype)
     data = _cpu.interleave(weight.contiguous(), None, weight.shape[1], DENSE.n, DENSE.m, torch.get_num_threads())
-    return InterleavedWeight(data, None, (weight.shape[0], weight.shape[1]), DENSE, weight.dtype, backend.isa_code)
+    return InterleavedWeight(data, scale, (weight.shape[0], weight.shape[1]), DENSE, weight.dtype, backend.isa_code)
 
 
 def packed_again(weight: InterleavedWeight) -> NMWeight:

@@ -34,7 +34,7 @@ SUFFIXES = (".compressed", ".bitmask", ".shape")
 SCALE_SUFFIX = ".weight_scale"
 """With int8 values only."""
 
-_OWN_KEYS = {"quant_method", "format", "format_version", "pattern", "ignore", "values", "activations"}
+_OWN_KEYS = {"quant_method", "format", "format_version", "pattern", "ignore", "values", "activations", "head"}
 
 
 def _foreign(entries: Mapping[str, Any]) -> dict[str, Any]:
@@ -53,6 +53,7 @@ class PackedFormat:
         values: ``int8``, or None for kept values of the model's own dtype.
         activations: ``int8`` allows to round those of every packed linear, each token by a scale of its own; None does
             not. Only beside int8 values.
+        head: ``int8`` allows to round the rows of the output head, each to multiples of a scale of its own.
     """
 
     pattern: NMPattern
@@ -60,6 +61,7 @@ class PackedFormat:
     provenance: Mapping[str, Any] | None = None
     values: str | None = None
     activations: str | None = None
+    head: str | None = None
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], where: str) -> PackedFormat:
@@ -87,9 +89,9 @@ class PackedFormat:
         ignore = config.get("ignore", [])
         if not isinstance(ignore, list) or not all(isinstance(name, str) for name in ignore):
             raise CheckpointError(f"{where}: ignore: expected a list of layer names, found {ignore!r}")
-        values, activations = config.get("values"), config.get("activations")
-        check_eight_bits(values, activations, f"{where}: ")
-        return cls(pattern, tuple(ignore), _foreign(config), values, activations)
+        eight_bits = {name: config.get(name) for name in ("values", "activations", "head")}
+        check_eight_bits(**eight_bits, where=f"{where}: ")
+        return cls(pattern, tuple(ignore), _foreign(config), **eight_bits)
 
     def to_dict(self) -> dict[str, Any]:
         """The inverse of :meth:`from_dict`."""
@@ -101,17 +103,18 @@ class PackedFormat:
             "pattern": str(self.pattern),
             **({} if self.values is None else {"values": self.values}),
             **({} if self.activations is None else {"activations": self.activations}),
+            **({} if self.head is None else {"head": self.head}),
             "ignore": list(self.ignore),
         }
 
 
-def check_eight_bits(values: object, activations: object, where: str = "") -> None:
-    """Checks what values and activations are rounded to; ``where`` begins a message.
+def check_eight_bits(values: object, activations: object, head: object, where: str = "") -> None:
+    """Checks what values, activations and the output head are rounded to; ``where`` begins a message.
 
     Raises:
         CheckpointError: neither ``int8`` nor None, or activations are rounded beside other values.
     """
-    for name, found in (("values", values), ("activations", activations)):
+    for name, found in (("values", values), ("activations", activations), ("head", head)):
         if found not in (None, "int8"):
             raise CheckpointError(f"{where}{name}: expected 'int8' or none, found {found!r}")
     if activations is not None and values is None:

@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from maskpro_kernels import LowRank, NMPattern, NMWeight, read_masks, read_recovery, recovered, unpack
 from maskpro_kernels.activations import EightBitInputs
 from maskpro_kernels.base_model import model_folder, other_base, weights_sha256
+from maskpro_kernels.int8 import rows_to_int8
 from maskpro_kernels.packed_checkpoint import QUANT_METHOD, PackedFormat, packed_weights
 from maskpro_kernels.support import has_rounding_kernel
 from maskpro_learner.checkpoints import check_model, load_model
@@ -70,7 +71,7 @@ def load_for_evaluation(
             raise LearnerError(f"--mask {mask}: expected a dense --model, found {name}, which is packed already")
         model, pattern = load_packed_model(name, dtype, device)
         provenance = {key: str(value) for key, value in (packed.provenance or {}).items()}
-        provenance |= {key: kind for key in ("values", "activations") if (kind := getattr(packed, key))}
+        provenance |= {key: kind for key in ("values", "activations", "head") if (kind := getattr(packed, key))}
         return EvaluatedModel(model, "packed", pattern, provenance)
     if mask is None:
         return EvaluatedModel(load_model(name, dtype, device), "dense")
@@ -163,9 +164,17 @@ def load_packed_model(name: str, dtype: torch.dtype, device: str = "cpu") -> tup
         for layer, module in model.named_modules():
             if isinstance(module, torch.nn.Linear) and layer not in found.ignore:
                 module.register_forward_pre_hook(_round_inputs)
+    if found.head is not None:
+        _round_head(model.get_output_embeddings())
     model.train(False).requires_grad_(False)
     moved: PreTrainedModel = model.to(device)
     return moved, found.pattern
+
+
+def _round_head(head: torch.nn.Linear) -> None:
+    """To what a CPU server multiplies by. Where it is tied to the embedding, that stays as it is."""
+    levels, scale = rows_to_int8(head.weight.data)
+    head.weight = torch.nn.Parameter((levels * scale.unsqueeze(1)).to(head.weight.dtype))
 
 
 def _round_inputs(_: torch.nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:

@@ -126,7 +126,8 @@ class MaskProConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, ParallelLMHead):
-            return HeadMethod(self.stored)
+            rounded = self.format.head if isinstance(self.format, PackedFormat) else None
+            return HeadMethod(self.stored, may_round=rounded == "int8")
         if not isinstance(layer, LinearBase):
             if prefix.rpartition(".")[2].endswith("experts"):
                 self.tally.experts()

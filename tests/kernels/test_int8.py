@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maskpro_kernels import NMPattern, pack, to_int8, unpack
+from maskpro_kernels.int8 import rows_to_int8
 
 
 @given(
@@ -42,6 +43,16 @@ def test_a_row_of_zeros():
     rounded = to_int8(pack(torch.zeros(2, 8), NMPattern(2, 4)))
     assert torch.equal(rounded.scale, torch.ones(2))
     assert not unpack(rounded).any()
+
+
+def test_rows_are_rounded_some_at_a_time():
+    """More of them than are rounded at once, and not side by side in memory."""
+    weight = (torch.randn((20_000, 8)) * torch.logspace(-9, 9, 20_000).unsqueeze(1)).bfloat16()[::2]
+    levels, scale = rows_to_int8(weight)
+    for row in (0, 4095, 4096, len(weight) - 1):
+        alone, its = rows_to_int8(weight[row : row + 1])
+        assert torch.equal(levels[row], alone[0])
+        assert scale[row] == its[0] == weight[row].float().abs().max() / 127
 
 
 def test_refusals():

@@ -97,17 +97,16 @@ def test_equals_the_oracle(isa, pattern, groups, rows, tokens, dtypes, with_bias
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8], ids=str)
 @pytest.mark.parametrize("activation", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tokens", [1, 3, 17, 40])
 def test_a_dense_weight_in_its_own_dtype(isa, dtype, activation, tokens, monkeypatch):
     if isa not in _cpu.available_isas():
         pytest.skip(f"this machine has no {isa}")
     monkeypatch.setenv("MASKPRO_KERNEL", f"cpu-{isa}")
-    weight, x, bias = torch.randn((70, 332)).to(dtype), torch.randn((tokens, 332)), torch.randn(70)
-    x = x.to(activation)
-    y = nm_linear(x, interleave_dense(weight), bias)
-    check(x, pack(weight, NMPattern(4, 4)), bias, y)
+    weight = packed(torch.randn((70, 332)), NMPattern(4, 4), dtype)
+    x, bias = torch.randn((tokens, 332)).to(activation), torch.randn(70)
+    check(x, weight, bias, nm_linear(x, interleave_dense(weight.values, weight.scale), bias))
 
 
 @pytest.mark.parametrize("tokens", [1, 20, 60])
@@ -168,8 +167,11 @@ def test_an_interleaved_weight_of_another_size_is_refused():
         torch.ops.maskpro.nm_linear_interleaved(
             torch.randn(3, 64), weight.data[:1].expand(2176), None, None, 16, 64, 2, 4, torch.float32, 0
         )
-    with pytest.raises(ValueError, match=r"interleave: expected one of .*, found torch\.int8"):
-        interleave_dense(torch.ones(4, 8, dtype=torch.int8))
+    with pytest.raises(ValueError, match=r"interleave: expected one of .*, found torch\.int16"):
+        interleave_dense(torch.ones(4, 8, dtype=torch.int16))
+    for dtype, scale in ((torch.int8, None), (torch.float32, torch.ones(4))):
+        with pytest.raises(ValueError, match=f"expected a scale with int8 and with nothing else, found {dtype}"):
+            interleave_dense(torch.ones(4, 8, dtype=dtype), scale)
     with pytest.raises(ValueError, match="interleave: expected a weight on the CPU, found one on meta"):
         interleave_dense(torch.ones(4, 8, device="meta"))
 

@@ -34,7 +34,8 @@ def test_forty_questions_and_none_of_them_a_training_prompt(shipped: dict[str, Q
     subjects = {
         "capital": "croatia|zagreb|romania|bucharest|netherlands|amsterdam|south korea|seoul|philippines|manila|"
         "pakistan|islamabad|england|london|saudi|riyadh",
-        "sum": r"(1 \S+ [126]|[26] \S+ 1|6 (\+|plus) 6|(11|30) \S+ (11|30)|double (1|6|11|30)|half of (2|12|22|60))\W*$",
+        "sum": r"(1 \S+ [126]|[26] \S+ 1|6 (\+|plus) 6|(11|30) \S+ (11|30)|"
+        r"double (1|6|11|30)|half of (2|12|22|60))\W*$",
         "opposite": "cold|small|left|down|tall|north|yes|top",
         "colour": "raven|swan|leaf|leaves",
         "fact": "in a week|hours are|seconds are|fingers|a dog have|first month|sun rise|its light|we live on",

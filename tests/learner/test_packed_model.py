@@ -92,6 +92,31 @@ def test_activations_are_rounded_where_the_checkpoint_allows_it(
     assert torch.equal(logits(measured.model), logits(rounding))
 
 
+def test_the_head_is_rounded_where_the_checkpoint_allows_it(
+    tiny_model: Callable[..., PreTrainedModel], tmp_path: Path
+) -> None:
+    """To 255 levels a row; the embedding that it is tied to stays as it is."""
+    model, mask = tiny_model(), tmp_path / "mask.safetensors"
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(tmp_path / "tied")
+    write_masks(mask, initial_masks(model, PATTERN, "magnitude").masks, PATTERN)
+    convert(tmp_path / "tied", tmp_path / "exact", mask=mask)
+    convert(tmp_path / "tied", tmp_path / "rounded", mask=mask, head="int8")
+    exact, _ = load_packed_model(str(tmp_path / "exact"), torch.float32)
+    measured = load_for_evaluation(str(tmp_path / "rounded"), None, torch.float32)
+    assert measured.provenance["head"] == "int8"
+    stored, weight = exact.get_output_embeddings().weight, measured.model.get_output_embeddings().weight
+    assert torch.equal(measured.model.get_input_embeddings().weight, stored)
+    levels = weight / stored.abs().amax(1, keepdim=True) * 127
+    torch.testing.assert_close(levels, levels.round(), rtol=0, atol=1e-4)
+    assert ((weight - stored).abs() <= 0.5001 * stored.abs().amax(1, keepdim=True) / 127).all()
+    assert not torch.equal(weight, stored)
+    ids = torch.arange(12).unsqueeze(0)
+    hidden = exact.model(input_ids=ids).last_hidden_state
+    torch.testing.assert_close(measured.model(input_ids=ids).logits, hidden @ weight.T)
+
+
 def test_dtype_is_the_one_asked_for(packed: Path) -> None:
     model, _ = load_packed_model(str(packed), torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}

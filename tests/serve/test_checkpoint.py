@@ -219,6 +219,7 @@ def test_damaged_int8_values_are_named(tiny, tmp_path, change, message):
         ({"values": "int8"}, r"weight_scale is missing, but other parts"),
         ({"values": "int8", "activations": "int4"}, "activations: expected 'int8' or none, found 'int4'"),
         ({"activations": "int8"}, "activations: expected none without int8 values, found 'int8'"),
+        ({"head": 8}, "head: expected 'int8' or none, found 8"),
         ({"format_version": 2}, "format_version: expected 1, found 2; it was written by a newer maskpro-serve"),
         ({"format_version": None}, "format_version: expected 1, found None"),
         ({"pattern": "2:5"}, "pattern: .*m must be one of"),

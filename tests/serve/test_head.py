@@ -9,6 +9,7 @@ import torch
 from torch.nn import Parameter
 
 from maskpro_kernels import _cpu
+from maskpro_kernels.int8 import rows_to_int8
 from maskpro_serve.quantization import head
 
 pytestmark = pytest.mark.vllm
@@ -21,7 +22,7 @@ OUT, IN = 80, 64
 def loaded(monkeypatch):
     """A head after loading, for dtypes of activations and checkpoint; maybe tied to an embedding."""
 
-    def load(activation, stored, weight=None, *, tied=False, head_dtype=None, speculative=None):
+    def load(activation, stored, weight=None, *, tied=False, head_dtype=None, speculative=None, may_round=False):
         model = SimpleNamespace(dtype=activation, head_dtype=head_dtype or activation)
         config = SimpleNamespace(model_config=model, speculative_config=speculative)
         monkeypatch.setattr(head, "get_current_vllm_config", lambda: config)
@@ -29,7 +30,7 @@ def loaded(monkeypatch):
             weight = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(0)).to(stored).to(activation)
         layer = torch.nn.Module()
         layer.weight = Parameter(weight, requires_grad=False)
-        method = head.HeadMethod(stored)
+        method = head.HeadMethod(stored, may_round=may_round)
         if tied:
             embedding = torch.nn.Module()
             embedding.weight = layer.weight
@@ -80,6 +81,39 @@ def test_bfloat16_activations_are_ours_where_there_is_amx(loaded, more, read):
         assert not any(method.apply(layer, torch.randn(rows, IN).bfloat16()).any() for rows in (1, 33, 300))
 
 
+@pytest.mark.parametrize("stored", [BF16, F32], ids=str)
+@pytest.mark.parametrize("activation", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize(
+    ("more", "read"),
+    [({}, False), ({"tied": True}, True), ({"speculative": SimpleNamespace()}, True)],
+    ids=["alone", "tied", "draft model"],
+)
+def test_a_head_that_may_be_rounded_is_for_any_number_of_rows(loaded, activation, stored, more, read):
+    weight = torch.randn(OUT, IN).to(stored).to(activation)
+    weight[7] = 0
+    method, layer = loaded(activation, stored, weight, may_round=True, **more)
+    assert layer.maskpro_head.nbytes == OUT * IN
+    assert layer.weight.numel() == (weight.numel() if read else 0)
+    assert not read or torch.equal(layer.weight, weight)
+    levels, scale = rows_to_int8(weight)
+    assert 0 < (weight.float() - levels * scale.unsqueeze(1)).abs().max() <= 0.5001 * scale.max()
+    bias = torch.randn(OUT).to(activation)
+    for rows in (0, 1, 2, 32, 33, 300):
+        x = torch.randn(rows, IN).to(activation)
+        check(method.apply(layer, x), x, levels.double() * scale.double().unsqueeze(1))
+        check(method.apply(layer, x, bias), x, levels.double() * scale.double().unsqueeze(1), bias)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"head_dtype": torch.float64}, {"weight": torch.randn(OUT, 66).bfloat16()}],
+    ids=["head of another dtype", "no groups of four"],
+)
+def test_where_our_kernels_cannot_a_head_is_not_rounded(loaded, more):
+    _, layer = loaded(BF16, BF16, may_round=True, **more)
+    assert not hasattr(layer, "maskpro_head")
+
+
 def check(found, x, weight, bias=None):
     product = x.double() @ weight.double().T + (0 if bias is None else bias.double())
     assert found.dtype == x.dtype
@@ -101,6 +135,7 @@ def test_a_head_of_more_bits_than_the_checkpoint_says_stays_whole(loaded):
     assert not hasattr(layer, "maskpro_head")
 
 
-def test_the_reference_has_no_order_for_it(loaded, monkeypatch):
+@pytest.mark.parametrize("may_round", [False, True])
+def test_the_reference_has_no_order_for_it(loaded, monkeypatch, may_round):
     monkeypatch.setenv("MASKPRO_KERNEL", "reference")
-    assert not hasattr(loaded(F32, BF16)[1], "maskpro_head")
+    assert not hasattr(loaded(F32, BF16, may_round=may_round)[1], "maskpro_head")

@@ -64,6 +64,16 @@ def test_the_table(tiny, capsys):
     assert "packed 2:4, 21 linears" in shown
     assert "(0.56" in shown
     assert "model.layers.*.mlp.up_proj" in shown
+    assert "may round" not in shown
+
+
+def test_what_may_be_rounded_is_said(tiny, tmp_path, capsys):
+    convert(tiny["dense"], tmp_path / "all", mask=tiny["mask"], values="int8", activations="int8", head="int8")
+    assert inspect(capsys, tmp_path / "all")["may_round"] == ["activations", "head"]
+    assert main(["inspect", str(tmp_path / "all")]) == 0
+    assert "a server may round to 8 bits: activations, head\n" in capsys.readouterr().out
+    assert inspect(capsys, ONE_SCALE)["may_round"] == ["activations"]
+    assert inspect(capsys, tiny["int8"])["may_round"] == []
 
 
 def test_dense_ones_say_so(tiny, capsys):

@@ -445,6 +445,18 @@ def test_activations_may_be_rounded_too(tiny, tmp_path, capsys):
     assert report.warnings == ("activations of int8: no kernel rounds them beside 4:8 weights, only beside 2:4 ones",)
 
 
+def test_the_head_may_be_rounded(tiny, tmp_path, capsys):
+    """It is stored as it is; config.json allows it."""
+    arguments = ["--model", str(tiny["dense"]), "--mask", str(tiny["mask"]), "--output", str(tmp_path / "out")]
+    assert main([*arguments, "--head", "int8"]) == 0
+    assert "linears packed 2:4, head of int8" in capsys.readouterr().out
+    written, without = files(tmp_path / "out"), files(tiny["packed"])
+    allowed, expected = json.loads(written.pop("config.json")), json.loads(without.pop("config.json"))
+    assert written == without
+    assert allowed["quantization_config"].pop("head") == "int8"
+    assert allowed == expected
+
+
 def test_a_partial_output_of_other_inputs_is_not_taken_up(tiny, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         interrupt(patch, 13)

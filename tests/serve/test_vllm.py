@@ -9,6 +9,7 @@ import shutil
 import pytest
 import torch
 from processes import GREEDY, greedy_tokens, needs_vnni, run_python, serve_greedily
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from maskpro_learner.packed_model import load_packed_model
@@ -51,6 +52,27 @@ def test_activations_are_rounded_where_the_checkpoint_allows_it(tiny, tmp_path, 
     count = len(document["tokens"][0])
     assert document["tokens"] == greedy_tokens(model, prompts, count)
     exact, _ = load_packed_model(str(tiny["int8"]), torch.float32)
+    assert document["tokens"] != greedy_tokens(exact, prompts, count)  # or this would show nothing
+
+
+def test_the_head_is_rounded_where_the_checkpoint_allows_it(tiny, tmp_path):
+    """The tokens of the model that maskpro-eval measures."""
+    folder, prompts = tmp_path / "head", [list(range(3, 8)), list(range(40, 73))]
+    convert(tiny["dense"], folder, mask=tiny["mask"], values="int8", head="int8")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.embed_tokens.weight"][:, 0] = 8  # the same for every token, but rounding gets coarse by it
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "expected.json").write_text(json.dumps({"prompts": prompts}))
+    (document,), log = serve_greedily([folder], tmp_path)
+    assert "maskpro: the output head is rounded to 8 bits" in log
+    assert document["head"]
+    model, _ = load_packed_model(str(folder), torch.float32)
+    count = len(document["tokens"][0])
+    assert document["tokens"] == greedy_tokens(model, prompts, count)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["quantization_config"].pop("head") == "int8"
+    (folder / "config.json").write_text(json.dumps(config))
+    exact, _ = load_packed_model(str(folder), torch.float32)
     assert document["tokens"] != greedy_tokens(exact, prompts, count)  # or this would show nothing
 
 
