@@ -156,7 +156,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="1.1b", help="(default 1.1b)")
     parser.add_argument("--values", choices=["int8"], help="of the packed model, in sparse-int8/ (default bfloat16)")
     parser.add_argument("--activations", choices=["int8"], help="rounded too, beside --values int8: sparse-int8-int8/")
-    parser.add_argument("--head", choices=["int8"], help="the output head, in sparse-...-head/")
+    parser.add_argument("--head", choices=["int8"], help="may be rounded: sparse-...-head/")
     parser.add_argument("--output", type=Path, help="folder for dense/ and sparse/ (default random-SHAPE in the cache)")
     arguments = parser.parse_args()
     if arguments.activations and not arguments.values:

@@ -134,9 +134,15 @@ def _start_recorder() -> None:
 
 @dataclass
 class LayerTally:
-    """Counts one model's packed layers in one process, and reports when the last has loaded."""
+    """Counts one model's packed layers in one process, and reports when the last has loaded.
+
+    Attributes:
+        pattern: of the layers.
+        unclaimed_head: the output head may be rounded, but vLLM has not asked who is to multiply it.
+    """
 
     pattern: NMPattern
+    unclaimed_head: bool = False
     _waiting: int = 0
     _backends: Count[str] = field(default_factory=Count)
     _dense: int = 0
@@ -192,6 +198,11 @@ class LayerTally:
             threads,
             "" if threads == 1 else "s",
         )
+        if self.unclaimed_head:
+            logger.info(
+                "maskpro: the output head, if this process has it, stays as it is: vLLM gives this model's to no "
+                "quantization method"
+            )
         if self._dense:
             logger.info("maskpro: %d linear layers stay dense, their zeros are not %s", self._dense, self.pattern)
         if self._experts:

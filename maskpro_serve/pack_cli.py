@@ -68,8 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if report.resumed:
         print(f"{report.resumed} files were there from an earlier run")
     share = report.packed_bytes / report.dense_bytes
-    rounded = [f"{name} of {kind}" for name in ("values", "activations", "head") if (kind := getattr(arguments, name))]
-    print(", ".join([f"{arguments.output}: {len(report.packed)} linears packed {report.pattern}", *rounded]))
+    notes = [f"values of {arguments.values}"] if arguments.values else []
+    notes += [f"{name} may be {kind}" for name in ("activations", "head") if (kind := getattr(arguments, name))]
+    print(", ".join([f"{arguments.output}: {len(report.packed)} linears packed {report.pattern}", *notes]))
     print(f"{report.packed_bytes / 1e6:.1f} MB for {report.dense_bytes / 1e6:.1f} MB of dense weights ({share:.4f})")
     for pattern_found, count in Counter(report.found.values()).most_common():
         print(f"zeros satisfy {pattern_found}: {count} linears")

@@ -1,4 +1,4 @@
-"""Kept values in 8 bits: symmetric, one scale for each output channel. 2:4 takes 5 bits per weight."""
+"""Weights in 8 bits: symmetric, one scale for each output channel. Packed 2:4 takes 5 bits per weight."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def rows_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
         values = rows.float()
         if not torch.isfinite(values).all():
             raise ValueError("int8: expected finite values, found inf or NaN")
-        rounded, steps = nearest_levels(values, 1)
+        rounded, scale_column = nearest_levels(values, 1)
         into.copy_(rounded)
-        scales.copy_(torch.where(values.any(1), steps.squeeze(1), 1.0))
+        scales.copy_(torch.where(values.any(1), scale_column.squeeze(1), 1.0))
     return levels, scale
 
 

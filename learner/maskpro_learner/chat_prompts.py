@@ -183,8 +183,8 @@ def short_families() -> dict[str, list[str]]:
     """Short questions, which one fact or sentence answers, by family; without duplicates, always in the same order.
 
     They are for what pruning forgets first: a fact is one token of an answer. ``short_questions.json`` has, for each
-    family, templates and the words that fill them. What :mod:`maskpro_learner.chat_quiz` asks is not among them, nor
-    in other words.
+    family, templates and the words that fill them. Some are among :func:`prompt_families` as well. What
+    :mod:`maskpro_learner.chat_quiz` asks is not among them, nor in other words; questions of the same kinds are.
     """
     families = json.loads(Path(__file__).with_name("short_questions.json").read_text(encoding="utf-8"))
     return {
@@ -193,7 +193,7 @@ def short_families() -> dict[str, list[str]]:
     }
 
 
-def seed_prompts(count: int, seed: int, by_family: Mapping[str, Sequence[str]] | None = None) -> list[str]:
+def seed_prompts(count: int, seed: int, by_family: Mapping[str, Sequence[str]]) -> list[str]:
     """Draws distinct prompts, as evenly over the families as their sizes allow, in random order.
 
     Any prefix is varied too, so a corpus may be cut into parts.
@@ -201,13 +201,13 @@ def seed_prompts(count: int, seed: int, by_family: Mapping[str, Sequence[str]] |
     Args:
         count: prompts to draw.
         seed: of the draw.
-        by_family: the prompts there are; :func:`prompt_families` if None.
+        by_family: the prompts there are.
 
     Raises:
         ValueError: ``count`` is below 1, or above the number of prompts there are.
     """
     generator = random.Random(seed)
-    families = [list(family) for family in (by_family or prompt_families()).values()]
+    families = [list(family) for family in by_family.values()]
     total = sum(len(family) for family in families)
     if not 1 <= count <= total:
         raise ValueError(f"prompts: expected between 1 and {total}, found {count}")

@@ -2,7 +2,7 @@
 
 A packed checkpoint (kernels/FORMAT.md) is unpacked to dense weights: what is measured is the model that is served,
 not the kernels that serve it. Where it allows activations of 8 bits, and there are kernels that round them, they are
-rounded, whether or not this machine's server does.
+rounded, whether or not this machine's server does; so is the output head.
 """
 
 from __future__ import annotations
@@ -131,7 +131,8 @@ def load_packed_model(name: str, dtype: torch.dtype, device: str = "cpu") -> tup
         CheckpointError: a file or tensor of the packed format is missing, unexpected or wrong; names it.
         ModelError: the weights do not fit the model that config.json describes.
 
-    Memory: the dense weights in the checkpoint's dtype and in ``dtype``.
+    Memory: the dense weights in the checkpoint's dtype and in ``dtype``; where the output head may be rounded, it
+        another time, and while it is, once in float32.
     """
     found = packed_format(name)
     if found is None:
@@ -172,7 +173,7 @@ def load_packed_model(name: str, dtype: torch.dtype, device: str = "cpu") -> tup
 
 
 def _round_head(head: torch.nn.Linear) -> None:
-    """To what a CPU server multiplies by. Where it is tied to the embedding, that stays as it is."""
+    """To what a CPU server multiplies by; 16 bits round once more. An embedding that it is tied to stays as it is."""
     levels, scale = rows_to_int8(head.weight.data)
     head.weight = torch.nn.Parameter((levels * scale.unsqueeze(1)).to(head.weight.dtype))
 

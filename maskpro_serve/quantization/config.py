@@ -50,7 +50,8 @@ class MaskProConfig(QuantizationConfig):
         self.format = format
         self.pattern = format.pattern
         self.stored: torch.dtype | None = None
-        self.tally = LayerTally(format.pattern)
+        self._may_round_head = isinstance(format, PackedFormat) and format.head == "int8"
+        self.tally = LayerTally(format.pattern, unclaimed_head=self._may_round_head)
 
     def __repr__(self) -> str:
         return f"MaskProConfig({self.format})"
@@ -126,8 +127,8 @@ class MaskProConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, ParallelLMHead):
-            rounded = self.format.head if isinstance(self.format, PackedFormat) else None
-            return HeadMethod(self.stored, may_round=rounded == "int8")
+            self.tally.unclaimed_head = False
+            return HeadMethod(self.stored, may_round=self._may_round_head)
         if not isinstance(layer, LinearBase):
             if prefix.rpartition(".")[2].endswith("experts"):
                 self.tally.experts()

@@ -32,8 +32,8 @@ class HeadMethod(UnquantizedEmbeddingMethod):
     """An output head on the CPU: of 16-bit weights under float32 activations, up to 32 rows, bfloat16 on AMX, int8.
 
     Anything else is vLLM's own. Under float32 the copy costs 2 bytes a weight of memory: vLLM's own stays for many rows
-    at once. On AMX it takes the place of oneDNN's, and of the weight where nobody else reads that; so does int8, for
-    any number of rows: what a token is answered does not depend on how many are.
+    at once. On AMX it takes the place of oneDNN's, and of the weight where nobody else reads that; so does int8, lest
+    an answer have another weight among many rows than among few.
 
     Args:
         stored: dtype of the checkpoint's weights, if it is known.
@@ -54,29 +54,35 @@ class HeadMethod(UnquantizedEmbeddingMethod):
     def process_weights_after_loading(self, layer: Any) -> None:
         if hasattr(layer, "maskpro_head"):
             return  # vLLM may call this twice
-        order = self._ordered(layer.weight.data)
-        if order is None:
+        head = self._interleaved(layer.weight.data)
+        if self._may_round and head is not None and head.dtype == torch.int8:
+            logger.info("maskpro: the output head is rounded to 8 bits, as this checkpoint allows")
+        elif self._may_round:
+            logger.info("maskpro: the output head stays as it is: no kernel here multiplies it rounded to 8 bits")
+        if head is None:
             super().process_weights_after_loading(layer)
             return
-        layer.maskpro_head = Parameter(order.data, requires_grad=False)
-        layer.maskpro_head_scale = None if order.scale is None else Parameter(order.scale, requires_grad=False)
-        layer.maskpro_head_shape = order.shape
-        layer.maskpro_head_dtype = order.dtype
-        layer.maskpro_head_isa = order.isa
-        if order.dtype != torch.int8 and layer.weight.dtype == torch.float32:
+        layer.maskpro_head = Parameter(head.data, requires_grad=False)
+        layer.maskpro_head_scale = None if head.scale is None else Parameter(head.scale, requires_grad=False)
+        layer.maskpro_head_shape = head.shape
+        layer.maskpro_head_dtype = head.dtype
+        layer.maskpro_head_isa = head.isa
+        if head.dtype != torch.int8 and layer.weight.dtype == torch.float32:
             super().process_weights_after_loading(layer)
         elif not self._has_other_readers(layer):
             layer.weight = Parameter(layer.weight.new_empty(0), requires_grad=False)
             return_freed_memory()
 
-    def _ordered(self, weight: Tensor) -> InterleavedWeight | None:
+    def _interleaved(self, weight: Tensor) -> InterleavedWeight | None:
         """The weight as our kernels read it, or None where vLLM's method is to multiply."""
         model = get_current_vllm_config().model_config
         if weight.device.type != "cpu" or not DENSE.divides(weight.shape[1]) or model.head_dtype != model.dtype:
             return None  # of another dtype vLLM multiplies by itself
         if self._may_round and select_backend(DENSE, model.dtype, torch.int8, "cpu").isa is not None:
-            logger.info("maskpro: the output head is rounded to 8 bits, as this checkpoint allows")
-            return interleave_dense(*rows_to_int8(weight))
+            try:
+                return interleave_dense(*rows_to_int8(weight))
+            except ValueError:  # not finite: one that was not loaded, for a draft model shares another's later
+                return None
         narrow = self._narrowed(weight, model.dtype)
         return None if narrow is None else interleave_dense(narrow)
 

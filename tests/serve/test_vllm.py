@@ -12,6 +12,7 @@ from processes import GREEDY, greedy_tokens, needs_vnni, run_python, serve_greed
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from maskpro_kernels.model_folder import INDEX
 from maskpro_learner.packed_model import load_packed_model
 from maskpro_serve import convert
 
@@ -55,12 +56,20 @@ def test_activations_are_rounded_where_the_checkpoint_allows_it(tiny, tmp_path, 
     assert document["tokens"] != greedy_tokens(exact, prompts, count)  # or this would show nothing
 
 
-def test_the_head_is_rounded_where_the_checkpoint_allows_it(tiny, tmp_path):
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_head_is_rounded_where_the_checkpoint_allows_it(tiny, tmp_path, tied):
     """The tokens of the model that maskpro-eval measures."""
     folder, prompts = tmp_path / "head", [list(range(3, 8)), list(range(40, 73))]
     convert(tiny["dense"], folder, mask=tiny["mask"], values="int8", head="int8")
-    tensors = load_file(folder / "model.safetensors")
+    tensors, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
     tensors["model.embed_tokens.weight"][:, 0] = 8  # the same for every token, but rounding gets coarse by it
+    if not tied:
+        config["tie_word_embeddings"] = False
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].flip(0).contiguous()
+        index = json.loads((folder / INDEX).read_text())
+        index["weight_map"]["lm_head.weight"] = "model.safetensors"
+        (folder / INDEX).write_text(json.dumps(index))
+        (folder / "config.json").write_text(json.dumps(config))
     save_file(tensors, folder / "model.safetensors")
     (folder / "expected.json").write_text(json.dumps({"prompts": prompts}))
     (document,), log = serve_greedily([folder], tmp_path)
@@ -69,7 +78,6 @@ def test_the_head_is_rounded_where_the_checkpoint_allows_it(tiny, tmp_path):
     model, _ = load_packed_model(str(folder), torch.float32)
     count = len(document["tokens"][0])
     assert document["tokens"] == greedy_tokens(model, prompts, count)
-    config = json.loads((folder / "config.json").read_text())
     assert config["quantization_config"].pop("head") == "int8"
     (folder / "config.json").write_text(json.dumps(config))
     exact, _ = load_packed_model(str(folder), torch.float32)
