@@ -46,7 +46,7 @@ maskpro-recover --model "$dense" --mask "$folder/mask.safetensors" --start "$fol
   --distill-samples 700 758 170 170 540 540 450 --length 256 --seed 1 --dtype bfloat16 --rank 35 --steps 208 \
   --minibatch 16 --batch 16 --learning-rate 0.01 --output "$folder/distilled_twice.safetensors"
 
-# From here on a server writes the chats, four times as fast. What it serves answers from $1.
+# From here on a server of the model $1 writes the chats, four times as fast.
 serve() {
   maskpro-serve --model "$1" --port 8100 --max-num-seqs 128 --max-model-len 512 &
   server=$!
