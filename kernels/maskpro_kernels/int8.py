@@ -7,7 +7,7 @@ from torch import Tensor
 
 from maskpro_kernels.packing import NMWeight
 
-_ROWS = 4096  # of a dense weight, rounded at a time
+_ROWS = 4096  # rounded at a time
 LEVELS = 127
 """The largest magnitude; -128 is not used, so that negating a weight is exact."""
 
@@ -27,10 +27,10 @@ def nearest_levels(values: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 
 def rows_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Rounds every row of a dense weight to the nearest of 255 levels that span it.
+    """Rounds every row of a matrix, a dense weight or kept values, to the nearest of 255 levels that span it.
 
     Args:
-        weight: (out_features, in_features), bfloat16, float16 or float32.
+        weight: (out_features, columns), bfloat16, float16 or float32.
 
     Returns:
         int8 levels, and the float32 scale of each row, its largest magnitude / 127 (1 for a row of zeros).

@@ -34,7 +34,10 @@ SUFFIXES = (".compressed", ".bitmask", ".shape")
 SCALE_SUFFIX = ".weight_scale"
 """With int8 values only."""
 
-_OWN_KEYS = {"quant_method", "format", "format_version", "pattern", "ignore", "values", "activations", "head"}
+MAY_BE_EIGHT_BITS = ("values", "activations", "head")
+"""Keys that are there for 8 bits only."""
+
+_OWN_KEYS = {"quant_method", "format", "format_version", "pattern", "ignore", *MAY_BE_EIGHT_BITS}
 
 
 def _foreign(entries: Mapping[str, Any]) -> dict[str, Any]:
@@ -89,7 +92,7 @@ class PackedFormat:
         ignore = config.get("ignore", [])
         if not isinstance(ignore, list) or not all(isinstance(name, str) for name in ignore):
             raise CheckpointError(f"{where}: ignore: expected a list of layer names, found {ignore!r}")
-        eight_bits = {name: config.get(name) for name in ("values", "activations", "head")}
+        eight_bits = {name: config.get(name) for name in MAY_BE_EIGHT_BITS}
         check_eight_bits(**eight_bits, where=f"{where}: ")
         return cls(pattern, tuple(ignore), _foreign(config), **eight_bits)
 
@@ -101,9 +104,7 @@ class PackedFormat:
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "pattern": str(self.pattern),
-            **({} if self.values is None else {"values": self.values}),
-            **({} if self.activations is None else {"activations": self.activations}),
-            **({} if self.head is None else {"head": self.head}),
+            **{name: kind for name in MAY_BE_EIGHT_BITS if (kind := getattr(self, name)) is not None},
             "ignore": list(self.ignore),
         }
 

@@ -20,7 +20,7 @@ from maskpro_kernels import LowRank, NMPattern, NMWeight, read_masks, read_recov
 from maskpro_kernels.activations import EightBitInputs
 from maskpro_kernels.base_model import model_folder, other_base, weights_sha256
 from maskpro_kernels.int8 import rows_to_int8
-from maskpro_kernels.packed_checkpoint import QUANT_METHOD, PackedFormat, packed_weights
+from maskpro_kernels.packed_checkpoint import MAY_BE_EIGHT_BITS, QUANT_METHOD, PackedFormat, packed_weights
 from maskpro_kernels.support import has_rounding_kernel
 from maskpro_learner.checkpoints import check_model, load_model
 from maskpro_learner.errors import LearnerError, ModelError
@@ -71,7 +71,7 @@ def load_for_evaluation(
             raise LearnerError(f"--mask {mask}: expected a dense --model, found {name}, which is packed already")
         model, pattern = load_packed_model(name, dtype, device)
         provenance = {key: str(value) for key, value in (packed.provenance or {}).items()}
-        provenance |= {key: kind for key in ("values", "activations", "head") if (kind := getattr(packed, key))}
+        provenance |= {key: kind for key in MAY_BE_EIGHT_BITS if (kind := getattr(packed, key))}
         return EvaluatedModel(model, "packed", pattern, provenance)
     if mask is None:
         return EvaluatedModel(load_model(name, dtype, device), "dense")

@@ -8,6 +8,7 @@ head as for all its packed linears together. With bfloat16 ones on AMX the bytes
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ class HeadMethod(UnquantizedEmbeddingMethod):
         if self._may_round and head is not None and head.dtype == torch.int8:
             logger.info("maskpro: the output head is rounded to 8 bits, as this checkpoint allows")
         elif self._may_round:
-            logger.info("maskpro: the output head stays as it is: no kernel here multiplies it rounded to 8 bits")
+            logger.info("maskpro: the output head stays as it is: it cannot be rounded to 8 bits here")
         if head is None:
             super().process_weights_after_loading(layer)
             return
@@ -79,10 +80,8 @@ class HeadMethod(UnquantizedEmbeddingMethod):
         if weight.device.type != "cpu" or not DENSE.divides(weight.shape[1]) or model.head_dtype != model.dtype:
             return None  # of another dtype vLLM multiplies by itself
         if self._may_round and select_backend(DENSE, model.dtype, torch.int8, "cpu").isa is not None:
-            try:
+            with suppress(ValueError):  # not finite: one that was not loaded, for a draft model shares another's later
                 return interleave_dense(*rows_to_int8(weight))
-            except ValueError:  # not finite: one that was not loaded, for a draft model shares another's later
-                return None
         narrow = self._narrowed(weight, model.dtype)
         return None if narrow is None else interleave_dense(narrow)
 

@@ -92,17 +92,23 @@ def test_activations_are_rounded_where_the_checkpoint_allows_it(
     assert torch.equal(logits(measured.model), logits(rounding))
 
 
+def tied_model(model: PreTrainedModel, root: Path) -> tuple[Path, Path]:
+    """A folder of the model, its head now tied to its embedding, and the file of a magnitude mask for it."""
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    folder, mask = root / "tied", root / "mask.safetensors"
+    model.save_pretrained(folder)
+    write_masks(mask, initial_masks(model, PATTERN, "magnitude").masks, PATTERN)
+    return folder, mask
+
+
 def test_the_head_is_rounded_where_the_checkpoint_allows_it(
     tiny_model: Callable[..., PreTrainedModel], tmp_path: Path
 ) -> None:
     """To 255 levels a row; the embedding that it is tied to stays as it is."""
-    model, mask = tiny_model(), tmp_path / "mask.safetensors"
-    model.config.tie_word_embeddings = True
-    model.tie_weights()
-    model.save_pretrained(tmp_path / "tied")
-    write_masks(mask, initial_masks(model, PATTERN, "magnitude").masks, PATTERN)
-    convert(tmp_path / "tied", tmp_path / "exact", mask=mask)
-    convert(tmp_path / "tied", tmp_path / "rounded", mask=mask, head="int8")
+    tied, mask = tied_model(tiny_model(), tmp_path)
+    convert(tied, tmp_path / "exact", mask=mask)
+    convert(tied, tmp_path / "rounded", mask=mask, head="int8")
     exact, _ = load_packed_model(str(tmp_path / "exact"), torch.float32)
     measured = load_for_evaluation(str(tmp_path / "rounded"), None, torch.float32)
     assert measured.provenance["head"] == "int8"
@@ -135,16 +141,11 @@ def test_a_real_model_in_bfloat16(test_data: Path, tmp_path: Path) -> None:
 
 
 def test_tied_embeddings_stay_tied(tiny_model: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
-    model = tiny_model()
-    model.config.tie_word_embeddings = True
-    model.tie_weights()
-    model.save_pretrained(tmp_path / "tied")
-    masks = initial_masks(model, PATTERN, "magnitude").masks
-    write_masks(tmp_path / "mask.safetensors", masks, PATTERN)
-    convert(tmp_path / "tied", tmp_path / "packed", mask=tmp_path / "mask.safetensors")
+    tied, mask = tied_model(tiny_model(), tmp_path)
+    convert(tied, tmp_path / "packed", mask=mask)
     unpacked, _ = load_packed_model(str(tmp_path / "packed"), torch.float32)
     assert unpacked.get_output_embeddings().weight is unpacked.get_input_embeddings().weight
-    masked = load_for_evaluation(str(tmp_path / "tied"), tmp_path / "mask.safetensors", torch.float32)
+    masked = load_for_evaluation(str(tied), mask, torch.float32)
     assert torch.equal(logits(unpacked), logits(masked.model))
 
 
