@@ -24,6 +24,7 @@ class Stub(ThreadingHTTPServer):
 
     daemon_threads = True
     silent = False  # on prompts of one token
+    together: threading.Barrier | None = None  # nobody is answered before so many have asked
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -44,6 +45,8 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.asked.append(body)
         self.server.keys.add(self.headers["Authorization"])
+        if self.server.together:
+            self.server.together.wait(timeout=30)
         if self.server.silent and len(body["prompt"]) == 1:
             self.server.closing.wait()
         if self.server.status != 200:
@@ -113,6 +116,7 @@ def test_answers_that_are_none(
 
 @pytest.mark.timeout(60)
 def test_after_a_failure_nobody_waits_for_the_other_answers(stub: Stub, tokenizer: PreTrainedTokenizerFast) -> None:
+    stub.together = threading.Barrier(3)
     stub.silent, stub.choice = True, {"finish_reason": "abort", "token_ids": [7]}
     with pytest.raises(LearnerError, match="found abort"):
         ServerWriter(stub.url, tokenizer).write(["rain", "the cat", "rain"], 3, temperature=0.0, seed=0)
