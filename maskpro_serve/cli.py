@@ -9,15 +9,12 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from maskpro_serve.arguments import flag_value, names_flag, with_config
 from maskpro_serve.plugin import check_vllm_version
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 _HELP = """usage: maskpro-serve --model MODEL [every `vllm serve` flag]
 
@@ -67,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _serve(model: str, arguments: list[str]) -> int:
+    from maskpro_kernels.base_model import is_hub_id
     from maskpro_serve.checkpoint import CheckpointError
     from maskpro_serve.models import ALIASES, resolve_model
     from maskpro_serve.served import check_kernels, check_served
@@ -80,7 +78,7 @@ def _serve(model: str, arguments: list[str]) -> int:
         if packed is not None and _runs_on_cpu():
             # Now, in a sentence, rather than in a worker after vLLM has started.
             check_kernels(packed)
-    elif not _HUB_ID.fullmatch(folder) or Path(folder).parent.is_dir():
+    elif not (_is_elsewhere(folder) or (is_hub_id(folder) and not Path(folder).parent.is_dir())):
         near = difflib.get_close_matches(folder, ALIASES, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise CheckpointError(f"{folder}: no such folder, alias ({', '.join(ALIASES)}) or hub id{hint}")
@@ -104,6 +102,11 @@ def _is_vllms(folder: Path, arguments: Sequence[str]) -> bool:
     mistrals = (folder / "params.json").is_file() and not (folder / "config.json").exists()
     dummy = flag_value(arguments, "--load-format") == "dummy" and not any(folder.glob("*.safetensors*"))
     return mistrals or dummy
+
+
+def _is_elsewhere(model: str) -> bool:
+    """Whether a name is one of vLLM's own kinds: an object store's (``s3://...``), or a file (GGUF)."""
+    return "://" in model or Path(model).is_file()
 
 
 def _refuse_eager_pipeline(arguments: Sequence[str]) -> None:

@@ -23,7 +23,7 @@ _PARALLEL = (("--tensor-parallel-size", "-tp"), ("--pipeline-parallel-size", "-p
 _DATA_PARALLEL_HERE = ("--data-parallel-size-local", "-dpl")
 _EXECUTOR = "maskpro_serve.executor.OneProcessExecutor"
 _WORKER = "maskpro_serve.worker.SeededCPUWorker"
-_CGROUP = Path("/sys/fs/cgroup")
+_CGROUPS = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -63,30 +63,50 @@ def kv_cache_gib(available_bytes: int) -> int:
     return max(1, min(32, available_bytes // 4 // _GIB))
 
 
-def container_quota(cgroup: Path = _CGROUP) -> int | None:
-    """How many cores the container's CPU quota is worth (cgroup v2), at least one; None without a quota."""
+def control_groups(membership: Path = Path("/proc/self/cgroup"), root: Path = _CGROUPS) -> list[Path]:
+    """This process's control group (v2) and those that it is in, all of whose limits hold, the innermost first.
+
+    A container mostly sees its own as the root; a systemd unit does not, nor a container in the host's namespace.
+    """
     try:
-        quota, period = (cgroup / "cpu.max").read_text().split()
-        return None if quota == "max" else max(1, -(-int(quota) // int(period)))
-    except (OSError, ValueError):
-        return None
+        lines = membership.read_text().splitlines()
+    except OSError:
+        lines = []
+    own = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
+    inner = root / own
+    return [folder for folder in (inner, *inner.parents) if folder.is_relative_to(root)]
 
 
-def available_memory(cgroup: Path = _CGROUP) -> int:
-    """Bytes that are free, here and within the container's limit (cgroup v2), or taken by files not lately read."""
+def container_quota(groups: Sequence[Path]) -> int | None:
+    """How many cores the CPU quota of :func:`control_groups` is worth, at least one; None without a quota."""
+    cores = []
+    for group in groups:
+        try:
+            quota, period = (group / "cpu.max").read_text().split()
+            if quota != "max":
+                cores.append(max(1, -(-int(quota) // int(period))))
+        except (OSError, ValueError):
+            continue
+    return min(cores, default=None)
+
+
+def available_memory(groups: Sequence[Path]) -> int:
+    """Bytes that are free, here and within the limits of :func:`control_groups`, or taken by files not lately read."""
     free = psutil.virtual_memory().available
-    try:
-        limit, used = ((cgroup / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        in_use = int(used) - _droppable(cgroup)
-        return free if limit == "max" else max(0, min(free, int(limit) - in_use))
-    except (OSError, ValueError):
-        return free
+    for group in groups:
+        try:
+            limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+            if limit != "max":
+                free = min(free, int(limit) - int(used) + _droppable(group))
+        except (OSError, ValueError):
+            continue
+    return max(0, free)
 
 
-def _droppable(cgroup: Path) -> int:
-    """Bytes of files that were not lately read, which a container's use counts; 0 where nobody says."""
+def _droppable(group: Path) -> int:
+    """Bytes of files that were not lately read, which a group's use counts; 0 where nobody says."""
     try:
-        statistics = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         return int(statistics["inactive_file"])
     except (OSError, ValueError, KeyError):
         return 0
@@ -181,12 +201,13 @@ def choose(
 
 def choose_here(arguments: Sequence[str]) -> Defaults:
     """:func:`choose` for this machine and process."""
+    groups = control_groups()
     return choose(
         arguments,
         os.environ,
         flags=cpu_flags(),
         cores=sorted(os.sched_getaffinity(0)),
-        quota=container_quota(),
-        available_bytes=available_memory(),
+        quota=container_quota(groups),
+        available_bytes=available_memory(groups),
         libraries=preloads(),
     )

@@ -156,3 +156,12 @@ class ForkedContext(SpawnContext):
     def __init__(self) -> None:
         super().__init__()
         _Process.waiting = _Waiting()
+
+    @staticmethod
+    def end_if_waiting() -> bool:
+        """Ends the process that was forked if nothing has been started as it; whether there was one."""
+        waiting, _Process.waiting = _Process.waiting, None
+        if waiting is None:
+            return False
+        waiting.end()
+        return True

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
+from maskpro_serve.forked_process import ForkedContext
 from maskpro_serve.freed_memory import return_freed_memory
 from maskpro_serve.loading import RETRY_AFTER_S, LoadingServer, unavailable
 
@@ -68,6 +69,10 @@ class Process:
         from maskpro_serve.startup import announce
 
         self.started = True
+        if ForkedContext.end_if_waiting():
+            logging.getLogger("vllm.maskpro").warning(
+                "maskpro: vLLM started its engine by itself, not as the process that was forked for it"
+            )
         config = app.state.vllm_config
         announce(config)
         logging.getLogger("vllm.v1.engine.async_llm").addFilter(self._is_news)

@@ -42,10 +42,15 @@ def cache_folder() -> Path:
 def resolve_model(model: str) -> str:
     """The folder of an alias, built if it is not there yet; any other model name as it is.
 
+    A model's folder of that name, in the current one, goes first, as it does with every other command.
+
     Raises:
         ModelBuildError: the alias cannot be built.
     """
     if model not in ALIASES:
+        return model
+    if (Path(model) / "config.json").is_file():
+        print(f"maskpro-serve: {model}: the folder of that name here, not the model built in", file=sys.stderr)
         return model
     return str(build_alias(model, cache_folder()))
 

@@ -14,7 +14,7 @@ from maskpro_kernels.files import TensorSpec
 from maskpro_kernels.mask_sources import MaskSource
 from maskpro_kernels.model_folder import CheckpointError, TensorInfo
 from maskpro_kernels.packed_checkpoint import SCALE_SUFFIX
-from maskpro_kernels.servable import fused_with, why_dense
+from maskpro_kernels.servable import fused_with, text_model_type, why_dense
 from maskpro_serve.dense_model import DenseModel
 from maskpro_serve.zero_patterns import Zeros, choose_pattern, find_zeros
 
@@ -66,7 +66,7 @@ def plan_by_masks(model: DenseModel, masks: MaskSource) -> Plan:
     dense: dict[str, str] = {}
     for name in model.linears:
         prefix = name.removesuffix(".weight")
-        if (reason := _why_dense(model.headers[name])) is not None:
+        if (reason := _why_dense(model, name)) is not None:
             dense[prefix] = reason
         elif masks.names is None or name in masks.names:
             packed.append(prefix)
@@ -95,7 +95,7 @@ def plan_by_zeros(model: DenseModel, pattern: NMPattern | None, advance: Callabl
     for name in model.linears:
         zeros[name] = find_zeros(model.headers[name])
         advance(model.headers[name].nbytes)
-    usable = {name: each for name, each in zeros.items() if _why_dense(model.headers[name]) is None}
+    usable = {name: each for name, each in zeros.items() if _why_dense(model, name) is None}
     chosen = pattern or choose_pattern(_as_fused(usable), model.headers)
     if chosen is None:
         raise CheckpointError(
@@ -109,7 +109,7 @@ def plan_by_zeros(model: DenseModel, pattern: NMPattern | None, advance: Callabl
         prefix = name.removesuffix(".weight")
         if (tightest := each.tightest) is not None:
             found[prefix] = str(tightest)
-        if (reason := _why_dense(model.headers[name])) is not None:
+        if (reason := _why_dense(model, name)) is not None:
             dense[prefix] = reason
         elif each.satisfies(chosen):
             satisfying.append(prefix)
@@ -123,8 +123,8 @@ def plan_by_zeros(model: DenseModel, pattern: NMPattern | None, advance: Callabl
     return Plan(chosen, packed, dense, found)
 
 
-def _why_dense(info: TensorInfo) -> str | None:
-    return why_dense(info.name.removesuffix(".weight"), info.shape[0])
+def _why_dense(model: DenseModel, name: str) -> str | None:
+    return why_dense(name.removesuffix(".weight"), model.headers[name].shape[0], text_model_type(model.config))
 
 
 def _as_fused(zeros: dict[str, Zeros]) -> dict[str, Zeros]:

@@ -159,6 +159,8 @@ def open_log() -> logging.Logger:
     """
     logger = logging.getLogger("maskpro.requests")
     logger.propagate = False
+    # A logging configuration read since, as VLLM_LOGGING_CONFIG_PATH's, disables what was there and it does not name.
+    logger.disabled = False
     logger.setLevel(logging.INFO)
     target = os.environ.get(FILE_VARIABLE, "")
     if not logger.handlers:

@@ -78,6 +78,7 @@ def _serve(argv: Sequence[str], forks: bool) -> None:
     # Our request log replaces uvicorn's, which writes query strings.
     serve.set_defaults(middleware=_MIDDLEWARE, shutdown_timeout=SHUTDOWN_TIMEOUT_S, disable_uvicorn_access_log=True)
     arguments = parser.parse_args(["serve", *argv])
+    _configure_logging(arguments)
     command.validate(arguments)
     if _in_this_process(arguments):
         if forks:
@@ -87,10 +88,21 @@ def _serve(argv: Sequence[str], forks: bool) -> None:
         command.cmd(arguments)
 
 
+def _configure_logging(arguments: argparse.Namespace) -> None:
+    """As the ``vllm`` command does before anything else, in the releases whose flags say how to log."""
+    try:
+        from vllm.logger import configure_logging_from_args
+    except ImportError:
+        return
+    configure_logging_from_args(arguments)
+
+
 def _in_this_process(arguments: argparse.Namespace) -> bool:
     """Whether the API server is one process, with plain HTTP: only then is there one socket to answer on meanwhile."""
+    from vllm import envs
+
     several = arguments.data_parallel_size > 1 or (arguments.api_server_count or 1) != 1 or arguments.headless
-    elsewhere = getattr(arguments, "grpc", False) or os.environ.get("VLLM_RUST_FRONTEND_PATH")
+    elsewhere = getattr(arguments, "grpc", False) or envs.VLLM_USE_RUST_FRONTEND
     return not (several or elsewhere or arguments.ssl_keyfile)
 
 

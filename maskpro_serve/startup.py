@@ -35,8 +35,7 @@ def announce(vllm_config: Any) -> None:
     info = model_info(vllm_config)
     info.publish()
     cache = vllm_config.cache_config
-    # Releases before the first attribute know the blocks only (called GPU blocks on every device).
-    tokens = getattr(cache, "kv_cache_size_tokens", None) or (cache.num_gpu_blocks or 0) * cache.block_size
+    tokens = cache.kv_cache_size_tokens or 0
     logger.info(
         "maskpro: serving %s: %s, %s values, %s activations; KV cache %s tokens%s; at most %d sequences, %d s "
         "to drain; maskpro-serve %s, vLLM %s, torch %s",

@@ -9,9 +9,10 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from maskpro_kernels import NMPattern
-from maskpro_kernels.servable import why_dense
+from maskpro_kernels.servable import text_model_type, why_dense
 from maskpro_learner.errors import ModelError
 
 
@@ -71,6 +72,7 @@ def select_layers(
         ModelError: no layer is left.
     """
     prefix, modules = decoder_blocks(model)
+    model_type = text_model_type(model.config.to_dict()) if isinstance(model, PreTrainedModel) else ""
     blocks, dense = [], {}
     for index, module in enumerate(modules):
         linears = {}
@@ -81,7 +83,7 @@ def select_layers(
                 dense[name] = "not included"
             elif any(fnmatchcase(name, glob) for glob in exclude):
                 dense[name] = "excluded"
-            elif (reason := why_dense(name, linear.out_features)) is not None:
+            elif (reason := why_dense(name, linear.out_features, model_type)) is not None:
                 dense[name] = reason
             elif not pattern.divides(linear.in_features):
                 dense[name] = f"{pattern.m} does not divide in_features = {linear.in_features}"

@@ -16,7 +16,7 @@ from vllm.platforms import current_platform
 
 import maskpro_kernels.ops  # noqa: F401  (registers torch.ops.maskpro in every vLLM process)
 from maskpro_kernels.packing import WEIGHT_DTYPES
-from maskpro_kernels.servable import ROUTERS
+from maskpro_kernels.servable import is_reordered, is_router, text_model_type
 from maskpro_kernels.support import select_backend
 from maskpro_serve.checkpoint import CheckpointError, PackedFormat
 from maskpro_serve.legacy import LegacyFormat, claims
@@ -50,6 +50,7 @@ class MaskProConfig(QuantizationConfig):
         self.format = format
         self.pattern = format.pattern
         self.stored: torch.dtype | None = None
+        self._model_type = ""
         self._may_round_head = isinstance(format, PackedFormat) and format.head == "int8"
         self.tally = LayerTally(format.pattern, unclaimed_head=self._may_round_head)
 
@@ -100,6 +101,7 @@ class MaskProConfig(QuantizationConfig):
 
         The weights' dtype is their own, not what config.json says: whoever loads and saves a model changes that.
         """
+        self._model_type = text_model_type(hf_config.to_dict()) if hf_config is not None else ""
         said = getattr(hf_config, "dtype", None)  # now, for vLLM may overwrite it when it builds the model
         self.stored = said if said in WEIGHT_DTYPES else None
         folder = Path(model_name)
@@ -133,7 +135,7 @@ class MaskProConfig(QuantizationConfig):
             if prefix.rpartition(".")[2].endswith("experts"):
                 self.tally.experts()
             return None
-        if isinstance(self.format, PackedFormat) and prefix.rpartition(".")[2] in ROUTERS:
+        if isinstance(self.format, PackedFormat) and is_router(prefix):
             return UnquantizedLinearMethod()  # whether `ignore` names it or not: to transformers it may be no linear
         names = self._checkpoint_names(prefix)
         schemes = {self._scheme(name) for name in names}
@@ -144,6 +146,11 @@ class MaskProConfig(QuantizationConfig):
                 f"{prefix}: vLLM fuses {', '.join(names)}, but they are not all packed, and quantized, in the same way"
             )
         scheme: LinearScheme | None = schemes.pop()
+        if scheme is not None and scheme.compressed and any(is_reordered(name, self._model_type) for name in names):
+            raise CheckpointError(
+                f"{prefix}: expected a dense weight, found a packed one: vLLM reorders the rows of {self._model_type} "
+                "models while it loads them, but not those of packed layers"
+            )
         return UnquantizedLinearMethod() if scheme is None else NMLinearMethod(self, prefix, scheme)
 
     def _scheme(self, name: str) -> LinearScheme | None:

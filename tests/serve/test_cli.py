@@ -12,7 +12,14 @@ from processes import run_python
 from maskpro_serve import cli, plugin
 from maskpro_serve.arguments import flag_value, names_flag, with_config
 from maskpro_serve.cli import main
-from maskpro_serve.cpu_defaults import available_memory, choose, container_quota, has_native_bf16, kv_cache_gib
+from maskpro_serve.cpu_defaults import (
+    available_memory,
+    choose,
+    container_quota,
+    control_groups,
+    has_native_bf16,
+    kv_cache_gib,
+)
 
 EXECUTOR = ["--distributed-executor-backend", "maskpro_serve.executor.OneProcessExecutor"]
 WORKER = ["--worker-cls", "maskpro_serve.worker.SeededCPUWorker"]
@@ -81,6 +88,27 @@ def test_what_is_vllms_to_judge_is_left_to_it(tiny, tmp_path, monkeypatch):
     assert main(["--model", str(config_only), "--load-format", "dummy"]) == 0
     assert started == [str(mistrals), str(config_only)]
     assert main(["--model", str(config_only)]) == 2
+
+
+@pytest.mark.parametrize("name", ["s3://bucket/models/mine", "{tmp}/model.gguf", "organisation/model"])
+def test_what_vllm_reads_by_itself_is_left_to_it(tmp_path, monkeypatch, name):
+    started = []
+    monkeypatch.setattr(cli, "_become_server", lambda arguments, environment: started.append(arguments[0]) or 0)
+    (tmp_path / "model.gguf").touch()
+    assert main(["--model", name.format(tmp=tmp_path)]) == 0
+    assert started == [name.format(tmp=tmp_path)]
+
+
+def test_a_folder_goes_before_the_alias_of_its_name(tiny, tmp_path, monkeypatch, capsys):
+    started = []
+    monkeypatch.setattr(cli, "_become_server", lambda arguments, environment: started.append(arguments) or 0)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny["packed"], "sparse-llama")
+    assert main(["--model", "sparse-llama"]) == 0
+    assert started[0][0] == "sparse-llama"
+    assert "sparse-llama: the folder of that name here, not the model built in" in capsys.readouterr().err
+    Path("sparse-llama", "model.safetensors").unlink()
+    assert main(["--model", "sparse-llama"]) == 2  # broken as it is, it was meant
 
 
 def test_serve_suggests_the_alias_that_was_meant(capsys):
@@ -247,16 +275,36 @@ def test_a_quota_says_how_many_threads_and_not_where(cores):
 
 
 def test_defaults_respect_a_container(tmp_path):
-    assert container_quota(tmp_path) is None  # no cgroup
+    here = [tmp_path]
+    assert container_quota(here) is None  # no cgroup
     (tmp_path / "cpu.max").write_text("150000 100000\n")
-    assert container_quota(tmp_path) == 2
+    assert container_quota(here) == 2
     (tmp_path / "cpu.max").write_text("max 100000\n")
-    assert container_quota(tmp_path) is None
+    assert container_quota(here) is None
     (tmp_path / "memory.max").write_text("3000000\n")
     (tmp_path / "memory.current").write_text("1000000\n")
-    assert available_memory(tmp_path) == 2000000
+    assert available_memory(here) == 2000000
     (tmp_path / "memory.stat").write_text("anon 500000\ninactive_file 400000\n")
-    assert available_memory(tmp_path) == 2400000  # files that were read once may be dropped
+    assert available_memory(here) == 2400000  # files that were read once may be dropped
+
+
+def test_defaults_respect_every_group_that_the_process_is_in(tmp_path):
+    membership, root = tmp_path / "membership", tmp_path / "groups"
+    slice, unit = root / "system.slice", root / "system.slice" / "maskpro.service"
+    unit.mkdir(parents=True)
+    membership.write_text("12:cpuset:/other\n0::/system.slice/maskpro.service\n")
+    groups = control_groups(membership, root)
+    assert groups == [unit, slice, root]
+    (unit / "cpu.max").write_text("400000 100000\n")
+    (slice / "cpu.max").write_text("200000 100000\n")
+    assert container_quota(groups) == 2
+    for group, limit in (unit, "9000000"), (slice, "max"):
+        (group / "memory.max").write_text(f"{limit}\n")
+        (group / "memory.current").write_text("4000000\n")
+    assert available_memory(groups) == 5000000
+    membership.write_text("0::/\n")
+    assert control_groups(membership, root) == [root]
+    assert control_groups(tmp_path / "nowhere", root) == [root]
 
 
 def test_flags_are_known_in_every_spelling():

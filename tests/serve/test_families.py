@@ -11,8 +11,10 @@ from packaging.version import Version
 from processes import serve_greedily
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
     Gemma2Config,
     GemmaConfig,
+    Llama4TextConfig,
     MistralConfig,
     OPTConfig,
     Phi3Config,
@@ -39,6 +41,7 @@ SIZES = {
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 SHARED_EXPERT = {"shared_expert_intermediate_size": 64}
 WHOLE_PHI = {"intermediate_size": 4 * 64, "num_key_value_heads": 2}  # vLLM 0.27's own knows no other
+NO_EXPERTS = {"intermediate_size_mlp": 96, "interleave_moe_layer_step": 4}
 NARROW_EMBEDDINGS = {"ffn_dim": 96, "word_embed_proj_dim": 32, "do_layer_norm_before": False}
 
 WITHOUT_FLOAT32_EXPERTS = (
@@ -57,10 +60,12 @@ FAMILIES = {
     "opt": (OPTConfig, NARROW_EMBEDDINGS),  # project_in and project_out are vLLM's replicated layers
     "qwen2-moe": (Qwen2MoeConfig, EXPERTS | SHARED_EXPERT),  # the shared expert is packed, its gate is not
     "qwen3-moe": (Qwen3MoeConfig, EXPERTS),  # experts stay dense
+    "llama4": (Llama4TextConfig, NO_EXPERTS),  # vLLM reorders the rows of q and k, which stay dense, and v with them
+    "bloom": (BloomConfig, {"n_layer": 2, "n_head": 2}),  # and here those of query_key_value
 }
 UNCLAIMED_HEADS = ("gemma2", "opt")
 """Those whose output head vLLM gives to no quantization method: it is not rounded even where it may be."""
-LINEARS = dict.fromkeys(FAMILIES, 14) | {"phi3": 8, "phi": 12, "qwen3-moe": 8}
+LINEARS = dict.fromkeys(FAMILIES, 14) | {"phi3": 8, "phi": 12, "qwen3-moe": 8, "llama4": 8, "bloom": 6}
 SERVED = [name for name in FAMILIES if not (WITHOUT_FLOAT32_EXPERTS and name.endswith("-moe"))]
 
 

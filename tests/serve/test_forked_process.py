@@ -148,6 +148,19 @@ def test_it_ends_with_this_process_if_it_was_never_needed(tmp_path):
     assert gone(int(out[0]))
 
 
+def test_it_is_ended_when_nothing_was_started_as_it(tmp_path):
+    body = """
+print(waiting, context.end_if_waiting(), context.end_if_waiting())
+process = context.Process(target=say, args=(folder / "said",))
+process.start()
+process.join()
+print(process.exitcode, process.pid != waiting)
+"""
+    out, errors = run(tmp_path, body)
+    assert (out[1:], errors) == (["True", "False", "0", "True"], "")
+    assert gone(int(out[0]))
+
+
 def test_it_cleans_up_at_its_end_but_not_for_the_other(tmp_path):
     before = SCRIPT.replace("import fractions", "import weakref, fractions")
     made = "    context = ForkedContext()"

@@ -335,6 +335,31 @@ def test_plain_weights_may_be_fused_whatever_is_said_of_their_zeros(name):
 
 
 @pytest.mark.vllm
+def test_packed_rows_that_vllm_would_reorder_are_refused():
+    from transformers import Llama4TextConfig, LlamaConfig
+    from vllm.model_executor.layers.linear import LinearBase
+
+    from maskpro_serve.quantization.config import MaskProConfig
+
+    layer, query = LinearBase.__new__(LinearBase), UP.replace("mlp.up_proj", "self_attn.q_proj")
+    for stored, model, refused in (
+        ("bitmask-bf16", Llama4TextConfig(), True),
+        ("bitmask-bf16", LlamaConfig(), False),
+        (DENSE, Llama4TextConfig(), False),
+    ):
+        config = MaskProConfig.from_config(quantization(stored))
+        config.maybe_update_config("nowhere", model)
+        config.get_quant_method(layer, UP)
+        if refused:
+            with pytest.raises(
+                CheckpointError, match=r"q_proj: expected a dense weight, found a packed one: vLLM reor"
+            ):
+                config.get_quant_method(layer, query)
+        else:
+            config.get_quant_method(layer, query)
+
+
+@pytest.mark.vllm
 def test_names_that_vllm_changes_are_known_in_both_ways():
     from vllm.model_executor.models.utils import WeightsMapper
 

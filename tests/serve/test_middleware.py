@@ -14,7 +14,7 @@ import pytest
 
 from maskpro_serve import lifecycle
 from maskpro_serve.lifecycle import Lifecycle, Process
-from maskpro_serve.request_log import RequestLog
+from maskpro_serve.request_log import RequestLog, open_log
 
 TWO_USAGES = b"".join(b'data: {"usage":{"prompt_tokens":1,"completion_tokens":%d}}\n\n' % count for count in (1, 2))
 STREAM = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]}
@@ -215,6 +215,8 @@ def test_a_log_file_is_gone_on_with(process, monkeypatch, tmp_path):
 
     logger = logging.getLogger("maskpro.requests")
     monkeypatch.setattr(logger, "handlers", [])  # without pytest's
+    open_log()
+    monkeypatch.setattr(logger, "disabled", True)  # as logging.config does to what its configuration does not name
     log = RequestLog(application)
     (handler,) = logger.handlers
     asyncio.run(call(log, "/first"))

@@ -132,7 +132,13 @@ def test_what_vllm_keeps_dense():
     assert why_dense("model.layers.0.mlp.gate", 8) == "a router, which vLLM keeps dense"
     assert why_dense("model.layers.0.feed_forward.router", 8) == "a router, which vLLM keeps dense"
     assert why_dense("model.layers.0.mlp.shared_expert_gate", 1) == "a gate of one output, which vLLM keeps dense"
+    assert why_dense("transformer.blocks.0.ffn.router.layer", 8) == "a router, which vLLM keeps dense"
+    assert why_dense("model.layers.0.mlp.gate.wg", 8) == "a router, which vLLM keeps dense"
     assert why_dense("model.layers.0.mlp.gate_proj", 64) is None
+    assert "Mamba" in (why_dense("model.layers.0.mamba.in_proj", 64, "jamba") or "")
+    assert why_dense("model.layers.0.mixer.in_proj", 64, "mamba2") is None
+    assert "reorders" in (why_dense("transformer.h.0.self_attention.query_key_value", 64, "bloom") or "")
+    assert why_dense("gpt_neox.layers.0.attention.query_key_value", 64, "gpt_neox") is None
 
 
 def test_auto_refuses_a_dense_model(tiny, tmp_path):
