@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from maskpro_kernels.base_model import is_hub_id
+from maskpro_kernels.base_model import is_hub_id, model_folder
+from maskpro_kernels.model_folder import read_headers
 from maskpro_kernels.packed_checkpoint import QUANT_METHOD
 from maskpro_learner.errors import ModelError
 
@@ -34,6 +36,25 @@ def check_model(name: str) -> None:
         raise ModelError(f"{name}: expected a model folder, found a file")
     elif not is_hub_id(name):
         raise ModelError(f"{name}: no such model folder")
+
+
+def check_names(name: str, weights: Iterable[str]) -> None:
+    """Checks that a model's files name the weights to be pruned as transformers does, which may rename what it loads.
+
+    A mask has transformers' names; :mod:`maskpro_serve.convert` reads the files.
+
+    Raises:
+        ModelError: they do not, or cannot be read.
+    """
+    folder = model_folder(name)
+    if not any(folder.glob("*.safetensors")):
+        return  # transformers reads other formats, too
+    headers = read_headers(folder)
+    if missing := next((weight for weight in weights if weight not in headers), None):
+        raise ModelError(
+            f"{name}: expected tensors named as transformers does, {missing} and so on, found "
+            f"{next(iter(headers), 'none')}: maskpro-pack could not pack it"
+        )
 
 
 def load_model(name: str, dtype: torch.dtype, device: str = "cpu") -> PreTrainedModel:

@@ -20,9 +20,9 @@ from maskpro_kernels.files import file_sha256, remove_unfinished
 from maskpro_kernels.mask_sources import SOURCES, MaskSource, open_masks
 from maskpro_kernels.masks import ENCODINGS
 from maskpro_learner.calibration import calibration_blocks, source_name
-from maskpro_learner.checkpoints import check_model, load_model, load_tokenizer
+from maskpro_learner.checkpoints import check_model, check_names, load_model, load_tokenizer
 from maskpro_learner.command_line import check_ids, check_output
-from maskpro_learner.config import STARTS, LearnConfig
+from maskpro_learner.config import STARTS, LearnConfig, check_seed
 from maskpro_learner.distributed import ALONE, World, join, leave
 from maskpro_learner.errors import CalibrationError, LearnerError
 from maskpro_learner.estimator import ESTIMATORS
@@ -128,6 +128,9 @@ def learn(options: argparse.Namespace, console: Console, world: World = ALONE) -
         ValueError, OSError: an input that cannot be used; the message is one sentence.
     """
     pattern = NMPattern.parse(options.pattern)
+    if options.batch < 1:
+        raise LearnerError(f"--batch: expected at least 1, found {options.batch}")
+    check_seed(options.seed)
     source = None if options.init in METHODS else Path(options.init)
     if source is not None and not source.exists():
         raise LearnerError(f"--init {options.init}: expected one of {', '.join(METHODS)}, {SOURCES}: no such path")
@@ -157,6 +160,8 @@ def learn(options: argparse.Namespace, console: Console, world: World = ALONE) -
     model = load_model(options.model, getattr(torch, options.dtype), options.device)
     if tokens is not None:
         check_ids(model, options.model, tokens)
+    chosen = select_layers(model, pattern, include=options.include, exclude=options.exclude).linears
+    check_names(options.model, (f"{name}.weight" for name in chosen))
     made = None if source is None else open_masks(source, pattern)
     origin = provenance(options, config, made)
     if made is not None:
@@ -164,8 +169,7 @@ def learn(options: argparse.Namespace, console: Console, world: World = ALONE) -
             print(f"maskpro-learn: warning: {warning}", file=sys.stderr)
         result = masks_from_source(made, model, pattern, include=options.include, exclude=options.exclude)
     else:
-        count = len(select_layers(model, pattern, include=options.include, exclude=options.exclude).linears)
-        with progress_bar(f"{options.init} {pattern}", count) as advance:
+        with progress_bar(f"{options.init} {pattern}", len(chosen)) as advance:
             result = initial_masks(
                 model, pattern, cast(Method, options.init), tokens=tokens, seed=options.seed,
                 include=options.include, exclude=options.exclude, batch=options.batch, advance=advance,

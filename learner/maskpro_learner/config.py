@@ -11,6 +11,18 @@ from maskpro_learner.errors import LearnerError
 from maskpro_learner.estimator import DEFAULTS, ESTIMATORS, Settings
 
 STARTS = ("constant", "margin")
+_SEEDS = 1 << 43
+"""Every step has a seed of its own, a million for each of a run's: a number of 63 bits."""
+
+
+def check_seed(seed: int) -> None:
+    """Checks the seed of a run.
+
+    Raises:
+        LearnerError: it is negative, or too large.
+    """
+    if not 0 <= seed < _SEEDS:
+        raise LearnerError(f"seed: expected a number from 0 to {_SEEDS - 1}, found {seed}")
 
 
 @dataclass(frozen=True)
@@ -28,7 +40,7 @@ class LearnConfig:
         initial_logit: that logit; with ``margin``, the logit of a layer's median worth.
         smoothing: alpha of the moving-average tracker.
         draws: masks that are compared: whole ones on a minibatch (leave-one-out), or of each group (first-order).
-        minibatch: blocks of calibration text in a step.
+        minibatch: blocks of calibration text in a step, all there are where they are fewer.
         batch: of those, how many run through the model at once; memory only.
         seed: of the draws and of the order of the text. A run is a function of it.
     """
@@ -55,6 +67,7 @@ class LearnConfig:
         for name in ("steps", "minibatch", "batch"):
             if getattr(self, name) < 1:
                 raise LearnerError(f"learning: {name}: expected at least 1, found {getattr(self, name)}")
+        check_seed(self.seed)
         used = self.settings()
         least, most = (1, 1) if DEFAULTS[self.estimator].draws == 1 else (2, MAX_GAIN_DRAWS)
         if not least <= used.draws <= most:

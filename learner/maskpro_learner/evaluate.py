@@ -1,7 +1,8 @@
 """Perplexity of a Hugging Face model on text.
 
-Two kinds, never to be mixed up: *token* perplexity divides the loss by tokens, *word* perplexity (lm-eval's
-``word_perplexity``, and the MaskPro paper's numbers) by words. Every token is predicted exactly once.
+Two kinds, never to be mixed up: *token* perplexity divides the loss by tokens, *word* perplexity by words, as lm-eval's
+``word_perplexity`` does. That one, of which the MaskPro paper's numbers are, also reads its pages one by one, and with
+all of a model's context: to compare with published numbers use ``--tasks wikitext``. Every token is predicted once.
 """
 
 from __future__ import annotations

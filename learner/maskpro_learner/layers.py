@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from maskpro_kernels import NMPattern
-from maskpro_kernels.servable import text_model_type, why_dense
+from maskpro_kernels.servable import fused_with, text_model_type, why_dense
 from maskpro_learner.errors import ModelError
 
 
@@ -89,12 +89,27 @@ def select_layers(
                 dense[name] = f"{pattern.m} does not divide in_features = {linear.in_features}"
             else:
                 linears[name] = linear
+        for name in list(linears):
+            if left := [other for other in fused_with(name) if other in dense]:
+                dense[name] = f"vLLM fuses it with {left[0].rpartition('.')[2]}, which stays dense"
+                del linears[name]
+        dense |= _experts(module, f"{prefix}.{index}")
         blocks.append(Block(f"{prefix}.{index}", module, linears))
     if not any(block.linears for block in blocks):
         raise ModelError(
             f"{type(model).__name__}: no linear layer is left to prune to {pattern} ({len(dense)} stay dense)"
         )
     return PrunableLayers(blocks, dense)
+
+
+def _experts(block: nn.Module, prefix: str) -> dict[str, str]:
+    """The weights of a mixture's experts, all of a kind in one tensor, with the reason why they are dense."""
+    return {
+        f"{name}.{own}": "experts, which no kernel is for"
+        for name, module in block.named_modules(prefix=prefix)
+        for own, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3 and not isinstance(module, nn.Conv1d)
+    }
 
 
 @contextmanager

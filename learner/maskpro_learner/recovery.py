@@ -26,6 +26,7 @@ from maskpro_kernels import NMPattern
 from maskpro_kernels.bits import pack_bits
 from maskpro_kernels.recovery import LowRank
 from maskpro_learner.checkpointed import digest, read_checkpoint, run_steps, write_checkpoint
+from maskpro_learner.config import check_seed
 from maskpro_learner.divergence import divergence
 from maskpro_learner.errors import LearnerError
 from maskpro_learner.layers import select_layers
@@ -66,6 +67,7 @@ class RecoverConfig:
         for name, least in (("rank", 1), ("block_steps", 0), ("steps", 0), ("minibatch", 1), ("batch", 1)):
             if getattr(self, name) < least:
                 raise LearnerError(f"recovery: {name}: expected at least {least}, found {getattr(self, name)}")
+        check_seed(self.seed)
         for name in ("block_learning_rate", "learning_rate"):
             if not getattr(self, name) > 0:
                 raise LearnerError(f"recovery: {name}: expected above 0, found {getattr(self, name)}")

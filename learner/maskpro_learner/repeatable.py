@@ -13,7 +13,8 @@ import torch
 def repeatable(device: torch.device) -> Iterator[None]:
     """Has a GPU give the same bits every time: its default ways to sum a gradient do not.
 
-    The CPU's do. PyTorch warns of what it has no repeatable way for, and wants cuBLAS's setting said.
+    The CPU's do. PyTorch warns of what it has no repeatable way for, and wants cuBLAS's setting said. By its source the
+    backward passes of its fused attention are among that; on a GPU it has not been seen yet (docs/gpu.md).
     """
     if device.type != "cuda":
         yield

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from maskpro_learner.errors import ModelError
 from maskpro_learner.layers import Block
 
 
@@ -90,6 +91,10 @@ class BlockRunner:
         batch: the most samples run at once; the largest divisor of ``samples`` up to it is used, so that every
             batch has the same shape and one set of masks and positions fits all.
 
+    Raises:
+        ModelError: the blocks are called with more that depends on the text (Gemma 3n's embeddings of every layer), or
+            with what they hand on to each other (its keys and values).
+
     Cost: hidden states of samples * length * hidden_size, in the model's dtype, stay in memory.
     """
 
@@ -98,6 +103,8 @@ class BlockRunner:
         batches = torch.split(tokens.to(model.device), size)
         self._blocks = blocks
         self._calls = self._capture_calls(model, batches[0])
+        if len(batches) > 1:
+            _check_same(model, self._calls, self._capture_calls(model, batches[-1]))
         self.hidden = [self._first_input(model, part) for part in batches]
 
     @torch.no_grad()
@@ -147,6 +154,30 @@ class BlockRunner:
         args, kwargs = self._calls[index]
         output = self._blocks[index].module(hidden, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
+
+
+def _check_same(model: PreTrainedModel, calls: list[Call], others: list[Call]) -> None:
+    """Whether blocks are called alike for two batches of text."""
+    for call, other in zip(calls, others, strict=True):
+        if not all(_same(mine, theirs) for mine, theirs in zip(_leaves(call), _leaves(other), strict=True)):
+            raise ModelError(
+                f"{type(model).__name__}: expected blocks that are called with hidden states, masks and positions, "
+                "found more that depends on the text: they cannot be run one by one"
+            )
+
+
+def _leaves(value: Any) -> list[Any]:
+    if isinstance(value, (tuple, list)):
+        return [leaf for each in value for leaf in _leaves(each)]
+    if isinstance(value, dict):
+        return [leaf for key in value for leaf in _leaves(value[key])]
+    return [value]
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape == other.shape and torch.equal(one, other)
+    return True  # settings, or an object that only says where a mask is
 
 
 @contextmanager

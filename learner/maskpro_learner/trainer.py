@@ -91,10 +91,9 @@ def learn_masks(
     """
     if len(tokens) < 1:
         raise CalibrationError("learning: expected at least one block of calibration text, found none")
-    if config.minibatch < world.size:
+    if (together := min(config.minibatch, len(tokens))) < world.size:
         raise LearnerError(
-            f"learning: expected a minibatch of at least one block for each of {world.size} processes, found "
-            f"{config.minibatch}"
+            f"learning: expected a minibatch of at least one block for each of {world.size} processes, found {together}"
         )
     linears = select_layers(model, config.pattern).linears
     unknown = sorted(masks.keys() - {f"{name}.weight" for name in linears})
@@ -177,12 +176,9 @@ class _Run:
         return self.done * (self._estimator.masks_per_batch + self._estimator.group_draws) + k
 
     def _minibatch(self) -> Tensor:
-        """Indices of blocks: without repetition within an epoch's worth where there are enough."""
+        """Indices of different blocks, drawn anew for every step; all blocks where there are no more."""
         generator = torch.Generator().manual_seed(self._config.seed * 1_000_003 + self.done)
-        size = self._config.minibatch
-        if size <= len(self._tokens):
-            return torch.randperm(len(self._tokens), generator=generator)[:size]
-        return torch.randint(len(self._tokens), (size,), generator=generator)
+        return torch.randperm(len(self._tokens), generator=generator)[: self._config.minibatch]
 
     def _loss(self, blocks: Tensor, *, backward: bool = False) -> float:
         """Mean loss per token; backward also leaves this process's part of its gradient in the learning weights.

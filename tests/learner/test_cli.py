@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from maskpro_kernels import NMPattern, read_masks, write_masks
@@ -123,6 +124,9 @@ def test_layers_left_dense_are_in_the_table(
         (["--samples", "0"], "at least one sample"),
         (["--output", "{tmp}/no/mask.safetensors"], "its folder does not exist"),
         (["--include", "nothing"], "no linear layer is left to prune"),
+        (["--batch", "0"], "--batch: expected at least 1, found 0"),
+        (["--seed", "-1"], "seed: expected a number from 0 to 8796093022207, found -1"),
+        (["--seed", "20261201130000", "--steps", "2"], "seed: expected a number from 0 to 8796093022207"),
     ],
 )
 def test_bad_inputs_end_with_one_sentence_and_code_2(
@@ -149,6 +153,17 @@ def test_missing_tokenizer_and_missing_calibration(
     assert main([*arguments, "--init", "wanda"]) == 2
     assert "expected a tokenizer, found none of tokenizer.json" in capsys.readouterr().err
     assert main([*arguments, "--init", "magnitude"]) == 0  # needs none
+
+
+def test_tensors_that_transformers_renames_are_refused(
+    arguments: list[str], model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = model_folder / "model.safetensors"
+    tensors = {name.removeprefix("model."): tensor for name, tensor in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})  # as a model without its head is saved: transformers reads it
+    assert main([*arguments, "--init", "magnitude"]) == 2
+    error = capsys.readouterr().err
+    assert "expected tensors named as transformers does, model.layers.0.self_attn.q_proj.weight and so on" in error
 
 
 def test_a_broken_checkpoint(arguments: list[str], model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

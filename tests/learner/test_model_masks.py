@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3MoeConfig
 
 from maskpro_kernels import NMPattern
 from maskpro_kernels.packing import check_mask
@@ -56,8 +56,11 @@ def test_layers_that_m_does_not_divide_stay_dense_and_are_reported(tiny_model: B
     model.model.layers[1].mlp.up_proj = odd
     before = odd.weight.clone()
     result = initial_masks(model, NMPattern.parse("2:8"), "magnitude")
-    assert result.dense == {"model.layers.1.mlp.up_proj": "8 does not divide in_features = 36"}
-    assert len(result.masks) == 13
+    assert result.dense == {
+        "model.layers.1.mlp.up_proj": "8 does not divide in_features = 36",
+        "model.layers.1.mlp.gate_proj": "vLLM fuses it with up_proj, which stays dense",
+    }
+    assert len(result.masks) == 12
     assert torch.equal(odd.weight, before)
 
 
@@ -134,3 +137,43 @@ def test_refit_is_explicit_and_for_sparsegpt_only(tiny_model: Build) -> None:
 def test_apply_masks_names_a_foreign_mask(tiny_model: Build) -> None:
     with pytest.raises(ModelError, match=r"lm\.weight: expected a weight of shape \(2, 4\).*found none"):
         apply_masks(tiny_model(), {"lm.weight": torch.ones((2, 4), dtype=torch.bool)})
+
+
+def test_experts_are_reported() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Qwen3MoeConfig(
+        **sizes, vocab_size=64, num_key_value_heads=1, head_dim=16, num_experts=4, moe_intermediate_size=16
+    )
+    dense = select_layers(AutoModelForCausalLM.from_config(config), PATTERN).dense
+    mlp = "model.layers.0.mlp"
+    assert {name for name, reason in dense.items() if "experts" in reason} == {
+        f"{mlp}.experts.gate_up_proj", f"{mlp}.experts.down_proj",
+    }  # fmt: skip
+
+
+class Told(nn.Module):
+    """A block that is told something of the text besides its hidden states, as Gemma 3n's are."""
+
+    def __init__(self, block: nn.Module, told: Callable[[torch.Tensor], object]) -> None:
+        super().__init__()
+        self.block, self.told = block, told
+
+    def forward(self, hidden: torch.Tensor, *args: object, extra: object = None, **kwargs: object) -> object:
+        return self.block(hidden, *args, **kwargs)
+
+
+@pytest.mark.parametrize("told", [lambda x: x.sum(), lambda x: {"keys": [x]}, lambda x: {"layers": 2}])
+def test_blocks_that_are_told_more_of_the_text_are_refused(tiny_model: Build, told: Callable[..., object]) -> None:
+    model = tiny_model()
+    inner = Told(model.model.layers[1], told)
+    model.model.layers[1] = inner
+    inner.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, {**kwargs, "extra": told(args[0])}), with_kwargs=True
+    )
+    blocks = select_layers(model, PATTERN).blocks
+    if told(TOKENS) == {"layers": 2}:
+        BlockRunner(model, blocks, TOKENS, batch=2)
+        return
+    with pytest.raises(ModelError, match="found more that depends on the text: they cannot be run one by one"):
+        BlockRunner(model, blocks, TOKENS, batch=2)
+    BlockRunner(model, blocks, TOKENS, batch=6)  # one batch has one set of everything

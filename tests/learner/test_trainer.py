@@ -106,6 +106,23 @@ def test_a_run_is_a_function_of_its_seed_and_leaves_the_model_alone(tiny, estima
         assert torch.equal(p, before[name])
 
 
+@pytest.mark.parametrize("estimator", ["smoothed", "first-order"])
+def test_a_minibatch_of_more_blocks_than_there_are_is_all_of_them(tiny, estimator):
+    model, tokens = tiny
+    seen = []
+    hook = model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    try:
+        for minibatch in 3, 32:
+            config = dataclasses.replace(CONFIG, estimator=estimator, draws=draws_of(estimator), minibatch=minibatch)
+            learn((model, tokens[:3]), config)
+    finally:
+        hook.remove()
+    assert seen[: len(seen) // 2] == seen[len(seen) // 2 :]
+    assert sum(seen) == 2 * (3 + 9 * 3)  # the initial losses, then every block once a step
+
+
 @pytest.mark.parametrize("estimator", ["smoothed", "leave-one-out", "first-order"])
 @pytest.mark.parametrize("stops", [(1,), (3, 4), (2, 5, 8)])
 def test_a_stopped_run_goes_on_bit_for_bit(tiny, tmp_path, estimator, stops):
