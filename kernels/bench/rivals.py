@@ -115,7 +115,7 @@ def _dense(weight: Tensor, set_bytes: int) -> Rival:
 
 
 def _prepacked(name: str, weight: Tensor, set_bytes: int) -> Rival:
-    """oneDNN with its own weight layout, as torch.compile's freezing and vLLM choose it."""
+    """oneDNN with its own weight layout, one for every number of tokens, as in a server."""
     count = _copies(weight.nbytes, set_bytes)
     copies = [torch.ops.mkldnn._reorder_linear_weight(weight, None) for _ in range(count)]
     following: Iterator[Tensor] = itertools.cycle(copies)

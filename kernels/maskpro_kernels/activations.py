@@ -45,11 +45,13 @@ class EightBitInputs:
             x: (tokens, in_features).
 
         Returns:
-            (tokens, in_features) of the dtype, and float32 (tokens, 1) or (1, 1), what they are multiples of.
+            (tokens, in_features) of the dtype, and float32 (tokens, 1) or (1, 1), what they are multiples of: NaN for a
+            token with a NaN, which int8 has none for, or without a calibrated scale with an infinity.
         """
         x = x.float()
         if self.scale is None and self.dtype == torch.int8:
-            return nearest_levels(x, 1)
+            levels, scale = nearest_levels(x, 1)
+            return levels, scale.masked_fill(scale.isinf(), torch.nan)
         if self.scale is None:
             smallest = torch.finfo(torch.float32).tiny
             peak = x.abs().amax(dim=1, keepdim=True)
@@ -57,7 +59,8 @@ class EightBitInputs:
         else:
             scale = self.scale.reshape(1, 1)
         if self.dtype == torch.int8:
-            return (x / scale).round().clamp(-LEVELS - 1, LEVELS).to(torch.int8), scale
+            levels = (x / scale).round().clamp(-LEVELS - 1, LEVELS).to(torch.int8)
+            return levels, torch.where(x.isnan().any(1, keepdim=True), torch.nan, scale)
         largest = LARGEST[self.dtype]
         return (x / scale).clamp(-largest, largest).to(self.dtype), scale
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 import time
@@ -14,10 +15,12 @@ import torch
 
 from maskpro_kernels.files import write_atomically
 
+_REPOSITORY = Path(__file__).parents[2]
+
 
 @dataclass(frozen=True)
 class Machine:
-    """Attributes are what their names say; memory in bytes."""
+    """Attributes are what their names say; memory in bytes; of the code a hash, so that other code is measured anew."""
 
     gpu: str
     capability: str
@@ -26,6 +29,7 @@ class Machine:
     torch: str
     triton: str
     python: str
+    code: str
 
     def __str__(self) -> str:
         return (
@@ -46,7 +50,17 @@ def this_machine() -> Machine:
         torch=torch.__version__,
         triton=triton.__version__,
         python=sys.version.split()[0],
+        code=_code(),
     )
+
+
+def _code() -> str:
+    """Of the kernels, how they are chosen, and what measures them."""
+    digest = hashlib.sha256()
+    for folder in ("kernels/maskpro_kernels", "scripts/gpu"):
+        for path in sorted((_REPOSITORY / folder).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 class OutOfTimeError(Exception):

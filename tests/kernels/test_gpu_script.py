@@ -17,7 +17,7 @@ from maskpro_kernels.reference import nm_linear_w8a8_reference
 
 MACHINE = {
     "gpu": "A GPU", "capability": "9.0", "memory": 1 << 36, "driver_cuda": "13.0", "torch": "2.11.0",
-    "triton": "3.6.0", "python": "3.12.1",
+    "triton": "3.6.0", "python": "3.12.1", "code": "0123456789ab",
 }  # fmt: skip
 
 
@@ -74,5 +74,5 @@ def test_a_cut_run_goes_on(rows, tmp_path: Path) -> None:
     assert rows.table(again.rows, "kernels").splitlines()[1:] == [
         "| kernels | us | backend |", "|---|---|---|", "| a | 12.3 | triton |", "| b | 2 | expand |"
     ]  # fmt: skip
-    other = rows.Rows(path, rows.Machine(**MACHINE | {"gpu": "Another"}), late)
-    assert not other.rows
+    for change in {"gpu": "Another"}, {"code": "of another day"}:
+        assert not rows.Rows(path, rows.Machine(**MACHINE | change), late).rows

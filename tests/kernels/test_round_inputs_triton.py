@@ -49,6 +49,8 @@ class Case:
             x[2] = torch.finfo(self.activation).tiny
             x[3, 1::2] = torch.finfo(self.activation).max
         x[4:, 7] = torch.nan
+        if self.dtype == INT8:
+            x[5:, 7] = torch.inf
         scale = None if self.scale is None else torch.tensor([self.scale], device=device)
         return x.to(self.activation).to(device), EightBitInputs(self.dtype, scale)
 
@@ -56,7 +58,7 @@ class Case:
 CASES = [
     Case(dtype, activation, scale, shape)
     for (dtype, scale, shape), activation in zip(
-        itertools.product((INT8, FP8), (None, 1.0, 0.013), ((1, 32), (5, 96), (4, 4100))),
+        itertools.product((INT8, FP8), (None, 1.0, 0.013), ((1, 32), (6, 96), (4, 4100))),
         itertools.cycle(ACTIVATIONS),
         strict=False,
     )
@@ -78,8 +80,11 @@ def check(case: Case, found: tuple[torch.Tensor, torch.Tensor]) -> None:
     assert levels.dtype == case.dtype
     assert levels.shape == (tokens + -tokens % 4, x.shape[1])
     assert not levels[tokens:].view(torch.uint8).any()
-    assert torch.allclose(scale[: expected_scale.shape[0]], expected_scale, rtol=0, atol=0, equal_nan=True)
-    numbers = ~torch.isnan(x).any(1)
+    assert scale.shape == (levels.shape[0], 1)
+    outputs = levels[:tokens].float() * scale[:tokens]
+    assert torch.equal(outputs.isnan().any(1), (expected.float() * expected_scale).isnan().any(1))
+    numbers = ~outputs.isnan().any(1)
+    assert torch.equal(scale[:tokens][numbers], expected_scale.expand(tokens, 1)[numbers])
     assert torch.equal(levels[:tokens].view(torch.uint8)[numbers], expected.view(torch.uint8)[numbers])
     if case.dtype == FP8:  # int8 has none: there only a scale says so
         assert torch.equal(torch.isnan(levels[:tokens].float()), torch.isnan(expected.float()))

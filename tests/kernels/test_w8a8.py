@@ -53,7 +53,7 @@ def test_the_reference_is_the_definition(dtype, static, per_tensor):
     inputs = EightBitInputs(dtype, torch.tensor([0.021]) if static else None)
     levels, scale = inputs.rounded(x)
     assert levels.dtype == dtype
-    assert scale.shape == ((1, 1) if static else (7, 1))
+    assert scale.shape == ((1, 1) if static and dtype == FP8 else (7, 1))
     dense = dense_levels(weight)
     if dtype == INT8:
         acc = levels.int() @ dense.int().T
@@ -91,6 +91,17 @@ def test_static_activations_are_clipped(dtype):
     expected = [LARGEST[dtype], lowest, 1.0 if dtype == INT8 else 0.625, 0.0]
     assert levels.float().tolist() == [expected]
     assert scale.item() == 0.5
+
+
+@EIGHT
+@pytest.mark.parametrize("scale", [None, 0.5])
+def test_what_is_not_a_number_stays_none(dtype, scale):
+    x = torch.ones(3, 8)
+    x[0, 3], x[1, 3] = torch.nan, torch.inf
+    found = EightBitInputs(dtype, None if scale is None else torch.tensor(scale)).simulated(x)
+    assert found[0, 3].isnan()
+    assert found[1, 3].isnan() == (scale is None)  # or clipped
+    assert (found[2] == 1).all()
 
 
 @EIGHT

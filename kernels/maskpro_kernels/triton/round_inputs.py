@@ -26,7 +26,7 @@ def _round(
     levels, scales, x, given, tokens, in_features,
     LARGEST: tl.constexpr, SMALLEST: tl.constexpr, INT8: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """x is (tokens, in_features), contiguous; levels has more tokens, of zeros; scales is one number if it is given."""
+    """x is (tokens, in_features), contiguous; levels and scales have more tokens, of zeros."""
     token = tl.program_id(0)
     row = token.to(tl.int64) * in_features
     column = tl.arange(0, BLOCK)
@@ -39,14 +39,18 @@ def _round(
             magnitude = tl.abs(value)
             nan = nan | (magnitude != magnitude).to(tl.int32)
             largest = tl.maximum(largest, magnitude)
-        scale = tl.maximum(tl.div_rn(tl.max(largest), LARGEST), SMALLEST)
-        scale = tl.where(tl.max(nan) > 0, float("nan"), scale)  # as the outputs then are
-        tl.store(scales + token, scale)
+        peak = tl.max(largest)
+        scale = tl.maximum(tl.div_rn(peak, LARGEST), SMALLEST)
+        undefined = (tl.max(nan) > 0) | (INT8 & (peak == float("inf")))
+        scale = tl.where(undefined, float("nan"), scale)  # as the outputs then are
     else:
         scale = tl.load(given)
+        nan = tl.zeros([BLOCK], tl.int32)
     for first in range(0, in_features, BLOCK):
         value = tl.load(x + row + first + column, mask=first + column < width, other=0.0).to(tl.float32)
         level = tl.div_rn(value, tl.zeros([BLOCK], tl.float32) + scale)
+        if given is not None:
+            nan = nan | (value != value).to(tl.int32)
         if INT8:
             level = tl.minimum(tl.maximum(level, -LARGEST - 1), LARGEST)
             level = (level + 12582912.0) - 12582912.0  # 1.5 * 2^23: to the nearest integer, ties to even
@@ -54,19 +58,22 @@ def _round(
             level = tl.maximum(level, -LARGEST, propagate_nan=tl.PropagateNan.ALL)
             level = tl.minimum(level, LARGEST, propagate_nan=tl.PropagateNan.ALL)
         tl.store(levels + row + first + column, level.to(levels.dtype.element_ty), mask=first + column < in_features)
+    if given is not None:
+        scale = tl.where(tl.max(nan) > 0, float("nan"), scale)
+    tl.store(scales + token, scale)
 
 
 def round_inputs(x: Tensor, inputs: EightBitInputs, multiple: int) -> tuple[Tensor, Tensor]:
     """Rounds (tokens, in_features), and adds tokens of zeros to a multiple.
 
     Returns:
-        Levels (more tokens, in_features) of the inputs' dtype, and float32 (more tokens, 1) or (1, 1), their scale.
+        Levels (more tokens, in_features) of the inputs' dtype, and float32 (more tokens, 1), their scales.
     """
     tokens, in_features = x.shape
     more = triton.cdiv(tokens, multiple) * multiple
     levels = torch.empty((more, in_features), dtype=inputs.dtype, device=x.device)
     given = None if inputs.scale is None else inputs.scale.reshape(1, 1)
-    scales = torch.empty((more, 1), dtype=torch.float32, device=x.device) if given is None else given
+    scales = torch.empty((more, 1), dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
         _round[(more,)](
             levels, scales, x.contiguous(), given, tokens, in_features, LARGEST=LARGEST[inputs.dtype],
