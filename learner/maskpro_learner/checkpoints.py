@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from maskpro_kernels.base_model import is_hub_id, model_folder
-from maskpro_kernels.model_folder import read_headers
+from maskpro_kernels.model_folder import INDEX, read_headers
 from maskpro_kernels.packed_checkpoint import QUANT_METHOD
 from maskpro_learner.errors import ModelError
 
@@ -47,7 +47,7 @@ def check_names(name: str, weights: Iterable[str]) -> None:
         ModelError: they do not, or cannot be read.
     """
     folder = model_folder(name)
-    if not any(folder.glob("*.safetensors")):
+    if not any((folder / file).is_file() for file in (INDEX, "model.safetensors")):
         return  # transformers reads other formats, too
     headers = read_headers(folder)
     if missing := next((weight for weight in weights if weight not in headers), None):

@@ -70,7 +70,13 @@ def argument_parser() -> argparse.ArgumentParser:
     learning.add_argument("--checkpoint-minutes", type=float, default=10.0, help="between checkpoints (default 10)")
     parser.add_argument("--seed", type=int, default=0, help="of the calibration blocks, the random mask and the draws")
     parser.add_argument("--include", nargs="+", default=["*"], metavar="GLOB", help="module names to prune (default *)")
-    parser.add_argument("--exclude", nargs="+", default=[], metavar="GLOB", help="module names to leave dense")
+    parser.add_argument(
+        "--exclude",
+        nargs="+",
+        default=[],
+        metavar="GLOB",
+        help="module names to leave dense; what vLLM fuses with one stays dense with it",
+    )
     parser.add_argument("--encoding", choices=ENCODINGS, default="bitmask", help="states is smaller, for M = 4 only")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="compute dtype")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

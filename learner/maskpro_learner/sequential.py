@@ -159,7 +159,8 @@ class BlockRunner:
 def _check_same(model: PreTrainedModel, calls: list[Call], others: list[Call]) -> None:
     """Whether blocks are called alike for two batches of text."""
     for call, other in zip(calls, others, strict=True):
-        if not all(_same(mine, theirs) for mine, theirs in zip(_leaves(call), _leaves(other), strict=True)):
+        mine, theirs = _leaves(call), _leaves(other)
+        if len(mine) != len(theirs) or not all(map(_same, mine, theirs)):
             raise ModelError(
                 f"{type(model).__name__}: expected blocks that are called with hidden states, masks and positions, "
                 "found more that depends on the text: they cannot be run one by one"
