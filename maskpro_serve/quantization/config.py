@@ -16,7 +16,7 @@ from vllm.platforms import current_platform
 
 import maskpro_kernels.ops  # noqa: F401  (registers torch.ops.maskpro in every vLLM process)
 from maskpro_kernels.packing import WEIGHT_DTYPES
-from maskpro_kernels.servable import is_reordered, is_router, text_model_type
+from maskpro_kernels.servable import is_reordered, is_router
 from maskpro_kernels.support import select_backend
 from maskpro_serve.checkpoint import CheckpointError, PackedFormat
 from maskpro_serve.legacy import LegacyFormat, claims
@@ -101,7 +101,8 @@ class MaskProConfig(QuantizationConfig):
 
         The weights' dtype is their own, not what config.json says: whoever loads and saves a model changes that.
         """
-        self._model_type = text_model_type(hf_config.to_dict()) if hf_config is not None else ""
+        decoder = getattr(hf_config, "text_config", None) or hf_config
+        self._model_type = str(getattr(decoder, "model_type", ""))
         said = getattr(hf_config, "dtype", None)  # now, for vLLM may overwrite it when it builds the model
         self.stored = said if said in WEIGHT_DTYPES else None
         folder = Path(model_name)

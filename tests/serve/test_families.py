@@ -42,6 +42,7 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 SHARED_EXPERT = {"shared_expert_intermediate_size": 64}
 WHOLE_PHI = {"intermediate_size": 4 * 64, "num_key_value_heads": 2}  # vLLM 0.27's own knows no other
 NO_EXPERTS = {"intermediate_size_mlp": 96, "interleave_moe_layer_step": 4}
+MIXING_BLOOM = {"n_layer": 2, "n_head": 2, "initializer_range": 1.0}  # its embeddings are tied and normalized
 NARROW_EMBEDDINGS = {"ffn_dim": 96, "word_embed_proj_dim": 32, "do_layer_norm_before": False}
 
 WITHOUT_FLOAT32_EXPERTS = (
@@ -61,7 +62,7 @@ FAMILIES = {
     "qwen2-moe": (Qwen2MoeConfig, EXPERTS | SHARED_EXPERT),  # the shared expert is packed, its gate is not
     "qwen3-moe": (Qwen3MoeConfig, EXPERTS),  # experts stay dense
     "llama4": (Llama4TextConfig, NO_EXPERTS),  # vLLM reorders the rows of q and k, which stay dense, and v with them
-    "bloom": (BloomConfig, {"n_layer": 2, "n_head": 2}),  # and here those of query_key_value
+    "bloom": (BloomConfig, MIXING_BLOOM),  # and here those of query_key_value
 }
 UNCLAIMED_HEADS = ("gemma2", "opt")
 """Those whose output head vLLM gives to no quantization method: it is not rounded even where it may be."""
